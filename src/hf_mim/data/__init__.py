@@ -1,0 +1,1 @@
+"""Pictures: reading, augmenting, finding and drawing them. Nothing here imports a model."""

@@ -1,0 +1,150 @@
+"""The image processor that is saved beside a model, and the same path for evaluating features.
+
+Three channels: a processor of transformers' own, which loads without hf_mim. Any other number: `MIMImageProcessor`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torchvision.transforms.v2 import functional as F
+from transformers import BatchFeature, BitImageProcessor, ViTImageProcessor
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import ImagesKwargs
+
+from .pictures import read_picture
+
+
+class MIMImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    num_channels (`int`):
+        Channels of the model's input; every picture is converted to it, or refused, as `read_picture` says.
+    """
+
+    num_channels: int
+
+
+class MIMImageProcessor(TorchvisionBackend):
+    """Resizes, crops, and normalises pictures of any number of channels.
+
+    It takes what `read_picture` takes (arrays, tensors, PIL images, paths, bytes), one or a list, or an array or tensor
+    of four dimensions as a batch, and follows its rule: integers become 0 to 1 (`do_rescale`), floats stay as they are.
+    """
+
+    valid_kwargs = MIMImageProcessorKwargs
+    num_channels = 1
+    resample = PILImageResampling.BICUBIC
+    image_mean = (0.5,)
+    image_std = (0.5,)
+    size = {"height": 224, "width": 224}
+    default_to_square = False
+    do_resize = True
+    do_center_crop = False
+    do_rescale = True
+    do_normalize = True
+
+    def _preprocess_image_like_inputs(self, images, **kwargs) -> BatchFeature:
+        return self._preprocess(_as_list(images), **kwargs)
+
+    def _preprocess(
+        self,
+        images: list,
+        *,
+        num_channels,
+        do_resize,
+        size,
+        resample,
+        do_center_crop,
+        crop_size,
+        do_rescale,
+        rescale_factor,
+        do_normalize,
+        image_mean,
+        image_std,
+        return_tensors=None,
+        device=None,
+        **kwargs,
+    ) -> BatchFeature:
+        pixel_values = []
+        for number, image in enumerate(images):
+            name = image if isinstance(image, str) else f"picture {number}"
+            picture = read_picture(image, num_channels, name=name).contiguous().to(device)
+            if do_resize:
+                picture = self.resize(picture, size, resample)
+            if do_center_crop:
+                picture = self.center_crop(picture, crop_size)
+            if do_rescale and picture.dtype == torch.uint8:
+                picture = picture.to(torch.float32) * rescale_factor
+            picture = picture.to(torch.float32)
+            if do_normalize:
+                picture = F.normalize(picture, list(image_mean), list(image_std))
+            pixel_values.append(picture)
+        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+
+
+def _as_list(images) -> list:
+    if isinstance(images, list | tuple):
+        return [image for entry in images for image in _as_list(entry)]
+    if getattr(images, "ndim", 0) == 4:
+        return list(images)
+    return [images]
+
+
+def build_image_processor(image_size: tuple[int, int], num_channels: int, mean: Sequence[float], std: Sequence[float]):
+    """The processor for a model of this input.
+
+    A square picture is resized by its shorter edge and cropped in the middle: to the size itself below 128 pixels, to
+    size / 0.875 from 128 (224 from 256, as in the papers). A rectangular size is resized to directly.
+
+    Args:
+        image_size (`tuple[int, int]`): height and width.
+        num_channels (`int`): channels of the model's input.
+        mean, std: one number per channel, for values from 0 to 1.
+
+    Returns:
+        `BitImageProcessor` or `ViTImageProcessor` for three channels, else `MIMImageProcessor`.
+    """
+    if not len(mean) == len(std) == num_channels:
+        raise ValueError(
+            f"--image_mean and --image_std need one number per channel ({num_channels}), got {len(mean)} and "
+            f"{len(std)}."
+        )
+    height, width = image_size
+    square = height == width
+    settings = {
+        "resample": PILImageResampling.BICUBIC,
+        "image_mean": [float(number) for number in mean],
+        "image_std": [float(number) for number in std],
+        "size": {"height": height, "width": width},
+    }
+    if square:
+        settings["size"] = {"shortest_edge": round(height / 0.875) if height >= 128 else height}
+        settings["crop_size"] = {"height": height, "width": width}
+    if num_channels != 3:
+        return MIMImageProcessor(num_channels=num_channels, do_center_crop=square, **settings)
+    if square:
+        return BitImageProcessor(do_convert_rgb=True, **settings)
+    return ViTImageProcessor(do_convert_rgb=True, **settings)
+
+
+def evaluation_transform(processor, num_channels: int) -> Callable[..., torch.Tensor]:
+    """What the processor makes of one picture, as a callable for evaluating features.
+
+    Args:
+        processor: from `build_image_processor`, or any image processor of transformers.
+        num_channels (`int`): as in `read_picture`.
+
+    Returns:
+        callable: takes what `read_picture` takes, a tensor of shape `(channels, height, width)` among it, and gives
+        `pixel_values`: float32 of shape `(channels, height, width)` of the processor's size.
+    """
+
+    def transform(picture) -> torch.Tensor:
+        picture = read_picture(picture, num_channels).contiguous()
+        if picture.is_floating_point() and not isinstance(processor, MIMImageProcessor):
+            # transformers' processors take every value for one of 0 to 255
+            picture = picture / processor.rescale_factor
+        batch = processor(picture, return_tensors="pt", input_data_format="channels_first")
+        return batch["pixel_values"][0]
+
+    return transform

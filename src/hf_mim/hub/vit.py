@@ -1,0 +1,68 @@
+"""Export to, and import from, transformers' own Vision Transformers."""
+
+import torch
+from transformers import ViTConfig, ViTForImageClassification, ViTModel
+
+from ..models.vit.modeling_vit import (
+    MaskedViTForImageClassification,
+    MaskedViTForPreTraining,
+    MaskedViTModel,
+)
+
+_SHARED_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+)
+
+
+@torch.no_grad()
+def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageClassification):
+    """
+    The same encoder as transformers' own `ViTModel`, or classifier as `ViTForImageClassification`.
+
+    What it saves loads with plain `AutoModel.from_pretrained(directory)`, without hf_mim.
+
+    Args:
+        model: One of hf_mim's models: encoder, pretraining model (its encoder is taken) or classifier.
+
+    Returns:
+        `ViTModel`, in eval mode, whose outputs equal the encoder's. With [CLS] pooling its `pooler_output` equals too,
+        by a pooler that is the identity; with mean pooling it has no pooler (load it with `add_pooling_layer=False`).
+
+    Raises:
+        ValueError: If a classifier pools by the mean, which `ViTForImageClassification` cannot.
+    """
+    config = model.config
+    classifier = isinstance(model, MaskedViTForImageClassification)
+    if classifier and config.pooling != "cls":
+        raise ValueError(
+            f"The classifier pools by the {config.pooling} of the patch tokens; ViTForImageClassification reads [CLS] "
+            "only, so the export would give other logits. Export its encoder, to_vit(model.encoder), or fine-tune with "
+            'pooling="cls".'
+        )
+    encoder = model if isinstance(model, MaskedViTModel) else model.encoder
+    vit_config = ViTConfig(**{name: getattr(config, name) for name in _SHARED_FIELDS}, pooler_act="linear")
+    weights = dict(encoder.state_dict())
+    weights["embeddings.position_embeddings"] = encoder.embeddings.position_embeddings
+    if classifier:
+        vit_config.update({"id2label": config.id2label, "label2id": config.label2id})
+        exported = ViTForImageClassification(vit_config)
+        exported.vit.load_state_dict(weights)
+        exported.classifier.load_state_dict(model.classifier.state_dict())
+    else:
+        exported = ViTModel(vit_config, add_pooling_layer=config.pooling == "cls")
+        if exported.pooler is not None:
+            weights["pooler.dense.weight"] = torch.eye(config.hidden_size)
+            weights["pooler.dense.bias"] = torch.zeros(config.hidden_size)
+        exported.load_state_dict(weights)
+    return exported.to(device=encoder.device, dtype=encoder.dtype).eval()

@@ -1,0 +1,178 @@
+"""PiLaMIM: one encoder, a pixel decoder, and a latent decoder that predicts an averaged copy of the encoder."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from ..vit.configuration_vit import as_pair
+from ..vit.modeling_vit import (
+    MaskedViTBackbone,
+    MaskedViTDecoder,
+    MaskedViTForImageClassification,
+    MaskedViTForPreTraining,
+    MaskedViTModel,
+    patchify,
+)
+from .configuration_pilamim import PiLaMIMConfig
+
+logger = logging.get_logger(__name__)
+
+# What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
+_BESIDES_ENCODER = [r"^target_encoder\.", r"^(pixel|latent)_decoder\.", r"^classifier\."]
+
+
+@dataclass
+class PiLaMIMForPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): `loss_pixel + loss_latent + loss_cls`, what is minimised.
+        loss_pixel (`torch.FloatTensor` of shape `()`): Mean squared error of the pixels of hidden patches.
+        loss_latent (`torch.FloatTensor` of shape `()`): Mean squared error of the latents of hidden patches.
+        loss_cls (`torch.FloatTensor` of shape `()`, *optional*): Mean squared error of the latent [CLS].
+        predicted_pixels (`torch.FloatTensor` of shape `(batch_size, num_patches, patch_height * patch_width *
+            num_channels)`): In the order (row, column, channel), normalised as the input.
+        predicted_latents (`torch.FloatTensor` of shape `(batch_size, 1 + num_patches, hidden_size)`): [CLS] first.
+        target_latents (`torch.FloatTensor` of shape `(batch_size, 1 + num_patches, hidden_size)`): [CLS] first.
+        mask (`torch.FloatTensor` of shape `(batch_size, num_patches)`): 1 where hidden from the encoder.
+        ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Place of patch i in shuffled order.
+        hidden_states, attentions: Of the encoder, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_pixel: torch.FloatTensor | None = None
+    loss_latent: torch.FloatTensor | None = None
+    loss_cls: torch.FloatTensor | None = None
+    predicted_pixels: torch.FloatTensor | None = None
+    predicted_latents: torch.FloatTensor | None = None
+    target_latents: torch.FloatTensor | None = None
+    mask: torch.FloatTensor | None = None
+    ids_restore: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class PiLaMIMModel(MaskedViTModel):
+    """The encoder that PiLaMIM pretrains."""
+
+    config: PiLaMIMConfig
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+class PiLaMIMForPreTraining(MaskedViTForPreTraining):
+    """Encoder, averaged target encoder and both decoders (section 2 of the paper)."""
+
+    config: PiLaMIMConfig
+    frozen_modules = ("target_encoder",)
+
+    def __init__(self, config: PiLaMIMConfig):
+        super().__init__(config)
+        patch_height, patch_width = as_pair(config.patch_size)
+        self.encoder = PiLaMIMModel(config)
+        self.target_encoder = PiLaMIMModel(config)
+        self.pixel_decoder = MaskedViTDecoder(config, patch_height * patch_width * config.num_channels)
+        self.latent_decoder = MaskedViTDecoder(config, config.hidden_size)
+        self.post_init()
+        self.freeze()
+        # The paper starts both encoders equal; the release starts the target at random.
+        self.copy_encoder_to_target()
+
+    @torch.no_grad()
+    def copy_encoder_to_target(self) -> None:
+        """Makes the target encoder equal to the encoder."""
+        self.target_encoder.load_state_dict(self.encoder.state_dict())
+
+    @torch.no_grad()
+    def after_optimizer_step(self, step: int, num_steps: int) -> None:
+        """`target = m * target + (1 - m) * encoder`, `m` linear in `step` from `ema_momentum` to `ema_momentum_end`."""
+        start, end = self.config.ema_momentum, self.config.ema_momentum_end
+        momentum = start + (end - start) * step / num_steps
+        targets, sources = list(self.target_encoder.parameters()), list(self.encoder.parameters())
+        torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+
+    def fill_missing(self, missing: set[str]) -> set[str]:
+        target = {name for name in missing if name.startswith("target_encoder.")}
+        if target:
+            logger.warning("The checkpoint has no target encoder: it starts as a copy of the encoder.")
+            self.copy_encoder_to_target()
+        return missing - target
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+    ) -> PiLaMIMForPreTrainingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
+            noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
+                with the smallest are kept. Drawn if None.
+
+        Raises:
+            ValueError: If the shapes are not those of the config.
+        """
+        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
+        context = self.encoder(pixel_values, ids_keep=ids_keep, **kwargs)
+        with torch.no_grad():
+            target = self.target_encoder(pixel_values).last_hidden_state.float()
+        pixels = self.pixel_decoder(context.last_hidden_state, ids_restore)[:, 1:].float()
+        latents = self.latent_decoder(context.last_hidden_state, ids_restore).float()
+
+        loss_pixel = self.masked_mean_square(pixels - self.pixel_targets(pixel_values), mask)
+        loss_latent = self.masked_mean_square(latents[:, 1:] - target[:, 1:], mask)
+        loss_cls = (latents[:, 0] - target[:, 0]).square().mean() if self.config.use_cls_loss else None
+        loss = loss_pixel + loss_latent
+        return PiLaMIMForPreTrainingOutput(
+            loss=loss if loss_cls is None else loss + loss_cls,
+            loss_pixel=loss_pixel,
+            loss_latent=loss_latent,
+            loss_cls=loss_cls,
+            predicted_pixels=pixels,
+            predicted_latents=latents,
+            target_latents=target,
+            mask=mask,
+            ids_restore=ids_restore,
+            hidden_states=context.hidden_states,
+            attentions=context.attentions,
+        )
+
+    def pixel_targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Float32 pixels (batch_size, num_patches, patch_height * patch_width * num_channels), channels last."""
+        patches = patchify(pixel_values.float(), as_pair(self.config.patch_size))
+        return patches.permute(0, 1, 2, 4, 5, 3).flatten(3).flatten(1, 2)
+
+    @staticmethod
+    def masked_mean_square(difference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean of the squares (batch_size, num_patches, dim) over the hidden patches and all channels."""
+        return (difference.square().mean(dim=-1) * mask).sum() / mask.sum()
+
+    @torch.no_grad()
+    def reconstruct(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        outputs = self(pixel_values, noise=noise)
+        rows, columns = self.config.grid_size
+        patch_height, patch_width = as_pair(self.config.patch_size)
+        pixels = outputs.predicted_pixels.unflatten(2, (patch_height, patch_width, -1)).unflatten(1, (rows, columns))
+        pixels = pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        mask = outputs.mask.unflatten(1, (1, rows, columns))
+        return mask.repeat_interleave(patch_height, 2).repeat_interleave(patch_width, 3), pixels
+
+
+class PiLaMIMForImageClassification(MaskedViTForImageClassification):
+    """PiLaMIM's encoder with a linear classifier."""
+
+    config: PiLaMIMConfig
+    encoder_class = PiLaMIMModel
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+class PiLaMIMBackbone(MaskedViTBackbone):
+    """PiLaMIM's encoder as a backbone for detection and segmentation."""
+
+    config: PiLaMIMConfig
+    encoder_class = PiLaMIMModel
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+__all__ = ["PiLaMIMBackbone", "PiLaMIMForImageClassification", "PiLaMIMForPreTraining", "PiLaMIMModel"]

@@ -1,0 +1,177 @@
+"""Configuration fields that all methods' encoders share."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+
+def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """`size` as (height, width): an integer means a square."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@strict
+class MaskedViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    The Vision Transformer that every method of hf_mim pretrains. Each method's config adds its own fields.
+
+    Args:
+        hidden_size (`int`, defaults to 768): Width D of the encoder.
+        num_hidden_layers (`int`, defaults to 12): Number of blocks.
+        num_attention_heads (`int`, defaults to 12): Heads per block; must divide `hidden_size`.
+        intermediate_size (`int`, *optional*): Hidden width of the MLPs; `4 * hidden_size` if None.
+        hidden_act (`str`, defaults to `"gelu"`): Activation of the MLPs (erf GELU).
+        attention_probs_dropout_prob (`float`, defaults to 0.0): Dropout on the attention weights.
+        drop_path_rate (`float`, defaults to 0.0): Stochastic depth of the last block; rises linearly from 0.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of tokens and learned positions at the start.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of every LayerNorm.
+        image_size (`int` or pair (height, width), defaults to 224): Pixels of the input.
+        patch_size (`int` or pair (height, width), defaults to 16): Pixels of a patch; must divide `image_size`.
+        num_channels (`int`, defaults to 3): Channels of the input, any number.
+        qkv_bias (`bool`, defaults to True): Whether queries, keys and values have a bias.
+        position_embedding (`str`, defaults to `"sincos"`): `"sincos"`, the fixed table in MAE's layout, or
+            `"learned"`, a trained table.
+        pooling (`str`, defaults to `"cls"`): What `pooler_output` is: `"cls"`, the [CLS] token, or `"mean"`, the mean
+            of the patch tokens, both after the final LayerNorm.
+
+    Raises:
+        ValueError: If sizes do not fit each other, naming the values.
+    """
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    attention_probs_dropout_prob: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+    position_embedding: str = "sincos"
+    pooling: str = "cls"
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.intermediate_size is None:
+            self.intermediate_size = 4 * self.hidden_size
+        self.stage_names = ["stem"] + [f"stage{i}" for i in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
+        self.check_sizes()
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches per column and per row: (rows, columns)."""
+        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """L, the number of patches of a picture."""
+        rows, columns = self.grid_size
+        return rows * columns
+
+    def check_sizes(self) -> None:
+        """Raises ValueError where sizes do not fit. Models call it again: fields can be set after construction."""
+        image_size, patch_size = as_pair(self.image_size), as_pair(self.patch_size)
+        for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        for side, pixels, patch in zip(("height", "width"), image_size, patch_size, strict=True):
+            if patch < 1 or pixels < patch or pixels % patch:
+                nearest = max(1, round(pixels / patch)) * patch if patch > 0 else None
+                raise ValueError(
+                    f"The image {side}, {pixels} pixels (image_size={self.image_size}), is not divisible by the patch "
+                    f"{side}, {patch} (patch_size={self.patch_size}). Choose an image_size that is a multiple of the "
+                    f"patch size, for example {nearest}, or another patch_size."
+                )
+        check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+        if self.position_embedding not in ("sincos", "learned"):
+            raise ValueError(f'position_embedding is {self.position_embedding!r}; expected "sincos" or "learned".')
+        if self.position_embedding == "sincos" and self.hidden_size % 4:
+            raise ValueError(
+                f"hidden_size is {self.hidden_size}; fixed sin-cos positions need a multiple of 4. Choose one, or set "
+                'position_embedding="learned".'
+            )
+        if self.pooling not in ("cls", "mean"):
+            raise ValueError(f'pooling is {self.pooling!r}; expected "cls" or "mean".')
+        if not 0.0 <= self.drop_path_rate < 1.0:
+            raise ValueError(f"drop_path_rate is {self.drop_path_rate}; expected a number in [0, 1).")
+
+
+@strict
+class MaskedAutoencoderConfig(MaskedViTConfig):
+    r"""
+    An encoder's fields and those of a decoder that predicts what is hidden.
+
+    Args:
+        mask_ratio (`float`, defaults to 0.75): Share of the patches hidden from the encoder, in (0, 1); the encoder
+            keeps `int(num_patches * (1 - mask_ratio))` of them.
+        decoder_hidden_size (`int`, defaults to 512): Width of the decoder.
+        decoder_num_hidden_layers (`int`, defaults to 8): Blocks of the decoder.
+        decoder_num_attention_heads (`int`, defaults to 16): Heads of the decoder; must divide its width.
+        decoder_intermediate_size (`int`, *optional*): Hidden width of its MLPs; `4 * decoder_hidden_size` if None.
+        decoder_final_norm (`bool`, defaults to True): Whether a LayerNorm precedes the decoder's output map.
+
+    Raises:
+        ValueError: If sizes do not fit each other, or the ratio leaves nothing to see or nothing to predict.
+    """
+
+    mask_ratio: float = 0.75
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_num_attention_heads: int = 16
+    decoder_intermediate_size: int | None = None
+    decoder_final_norm: bool = True
+
+    def __post_init__(self, **kwargs):
+        if self.decoder_intermediate_size is None:
+            self.decoder_intermediate_size = 4 * self.decoder_hidden_size
+        super().__post_init__(**kwargs)
+
+    @property
+    def num_keep(self) -> int:
+        """Number of patches that the encoder sees."""
+        return int(self.num_patches * (1 - self.mask_ratio))
+
+    def check_sizes(self) -> None:
+        super().check_sizes()
+        check_mask_ratio(self.mask_ratio, self.num_patches, self.num_keep)
+        check_heads(
+            "decoder_hidden_size",
+            self.decoder_hidden_size,
+            "decoder_num_attention_heads",
+            self.decoder_num_attention_heads,
+        )
+        if self.position_embedding == "sincos" and self.decoder_hidden_size % 4:
+            raise ValueError(
+                f"decoder_hidden_size is {self.decoder_hidden_size}; fixed sin-cos positions need a multiple of 4."
+            )
+
+
+def check_heads(size_name: str, size: int, heads_name: str, heads: int) -> None:
+    """Raises ValueError if `heads` does not divide `size`."""
+    if heads < 1 or size % heads:
+        raise ValueError(
+            f"{heads_name} is {heads}, which does not divide {size_name}, {size}. Choose a divisor, for example "
+            f"{max(h for h in range(1, max(2, heads + 1)) if size % h == 0)}."
+        )
+
+
+def check_mask_ratio(mask_ratio: float, num_patches: int, num_keep: int) -> None:
+    """Raises ValueError if the ratio is outside (0, 1) or leaves nothing to see or nothing to predict."""
+    if not 0.0 < mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio is {mask_ratio}; expected a number in (0, 1), for example 0.75.")
+    if num_keep < 1 or num_keep >= num_patches:
+        left = "nothing for the encoder to see" if num_keep < 1 else "nothing to predict"
+        raise ValueError(
+            f"mask_ratio {mask_ratio} keeps {num_keep} of {num_patches} patches, which leaves {left}. Choose a ratio "
+            "nearer to 0.5, a larger image_size or a smaller patch_size."
+        )

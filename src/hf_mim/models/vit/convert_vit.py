@@ -1,0 +1,54 @@
+"""Names of timm-style Vision Transformers (as in the authors' releases) in terms of ours."""
+
+import torch
+
+State = dict[str, torch.Tensor]
+
+_BLOCK_NAMES = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attn.proj": "attention.o_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def convert_block(state: State, source: str, target: str) -> State:
+    """
+    The weights of one block.
+
+    Args:
+        state: The release's weights.
+        source, target (`str`): Prefixes of the block there and here, without the last dot.
+
+    Returns:
+        Ours; the fused matrix with rows [q; k; v] as three.
+    """
+    block = {}
+    for old, new in _BLOCK_NAMES.items():
+        for kind in ("weight", "bias"):
+            block[f"{target}.{new}.{kind}"] = state[f"{source}.{old}.{kind}"]
+    for kind in ("weight", "bias"):
+        fused = state.get(f"{source}.attn.qkv.{kind}")
+        if fused is not None:
+            for name, part in zip("qkv", fused.chunk(3), strict=True):
+                block[f"{target}.attention.{name}_proj.{kind}"] = part
+    return block
+
+
+def convert_layers(state: State, source: str, target: str) -> State:
+    """The weights of all blocks `source.0`, `source.1`, ..., as `target.0`, ..."""
+    layers = {}
+    for i in range(count_layers(state, source)):
+        layers |= convert_block(state, f"{source}.{i}", f"{target}.{i}")
+    return layers
+
+
+def count_layers(state: State, source: str) -> int:
+    """Number of blocks with names `source.0`, `source.1`, ..."""
+    return len({name[len(source) + 1 :].split(".")[0] for name in state if name.startswith(f"{source}.")})
+
+
+def copy_affine(state: State, source: str, target: str) -> State:
+    """Weight and bias of a linear map or a norm under another name."""
+    return {f"{target}.{kind}": state[f"{source}.{kind}"] for kind in ("weight", "bias")}

@@ -1,0 +1,456 @@
+"""
+The masked Vision Transformer that every method shares: encoder, decoder, classifier and backbone.
+
+Parameter names are those of transformers' `ViTModel`, whose attention and MLP are used as they are, so that encoders
+go to and from the stock classes by name. What is added: masking before the patch projection, fixed positions,
+rectangular grids, any number of channels, and stochastic depth.
+"""
+
+import torch
+from torch import nn
+from torchvision.ops import StochasticDepth
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_vit import MaskedViTConfig, as_pair
+from .masking import random_masking, restore_order
+from .position import interpolate_position_table, sincos_position_table
+
+
+def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
+    """
+    Cuts pictures into patches, as a view that copies nothing.
+
+    Args:
+        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`).
+        patch_size (`tuple[int, int]`): (height, width) of a patch, which divide those of the picture.
+
+    Returns:
+        `torch.Tensor` of shape `(batch_size, rows, columns, num_channels, patch_height, patch_width)`.
+    """
+    batch_size, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size[0], width // patch_size[1]
+    patches = pixel_values.reshape(batch_size, channels, rows, patch_size[0], columns, patch_size[1])
+    return patches.permute(0, 2, 4, 1, 3, 5)
+
+
+class MaskedViTPatchEmbeddings(nn.Module):
+    """The linear map from patches to tokens, applied to the kept patches only."""
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__()
+        self.patch_size = as_pair(config.patch_size)
+        # A convolution by name and shape, for exchange with ViT; used as the linear map that it is.
+        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
+
+    def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens (batch_size, num_keep or num_patches, hidden_size) of the patches `ids_keep`, None for all."""
+        patches = patchify(pixel_values.to(self.projection.weight.dtype), self.patch_size)
+        if ids_keep is None:
+            patches = patches.flatten(1, 2)
+        else:
+            columns = patches.shape[2]
+            samples = torch.arange(patches.shape[0], device=patches.device).unsqueeze(1)
+            patches = patches[samples, ids_keep // columns, ids_keep % columns]
+        return nn.functional.linear(patches.flatten(2), self.projection.weight.flatten(1), self.projection.bias)
+
+
+class MaskedViTEmbeddings(nn.Module):
+    """Patch tokens with positions, hidden patches left out, [CLS] in front."""
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__()
+        self.config = config
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.patch_embeddings = MaskedViTPatchEmbeddings(config)
+        add_position_table(self, config, config.hidden_size)
+
+    def positions(self, height: int, width: int, interpolate: bool) -> torch.Tensor:
+        """The position table (1, 1 + L, hidden_size) for pictures of `height` x `width` pixels."""
+        patch_height, patch_width = as_pair(self.config.patch_size)
+        if (height, width) == as_pair(self.config.image_size):
+            return self.position_embeddings
+        if not interpolate:
+            expected = as_pair(self.config.image_size)
+            raise ValueError(
+                f"The pictures have {height} x {width} pixels, the model expects {expected[0]} x {expected[1]} "
+                "(height x width). Resize them, or pass interpolate_pos_encoding=True."
+            )
+        if height % patch_height or width % patch_width:
+            raise ValueError(
+                f"{height} x {width} pixels are not divisible by the patch size {patch_height} x {patch_width} "
+                "(height x width). Resize the pictures to multiples of it."
+            )
+        new_grid = (height // patch_height, width // patch_width)
+        return interpolate_position_table(self.position_embeddings, self.config.grid_size, new_grid)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        ids_keep: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+    ) -> torch.Tensor:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values has the shape {tuple(pixel_values.shape)}; expected (batch_size, "
+                f"{self.config.num_channels}, height, width). Check the pictures' channels against num_channels."
+            )
+        positions = self.positions(*pixel_values.shape[2:], interpolate_pos_encoding)
+        cls_position, patch_positions = positions[:, :1], positions[:, 1:].expand(pixel_values.shape[0], -1, -1)
+        if ids_keep is not None:
+            patch_positions = torch.gather(
+                patch_positions, 1, ids_keep.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
+            )
+        patches = self.patch_embeddings(pixel_values, ids_keep)
+        cls = (self.cls_token + cls_position).expand(patches.shape[0], -1, -1)
+        return torch.cat((cls.to(patches.dtype), patches + patch_positions.to(patches.dtype)), dim=1)
+
+
+class MaskedViTLayer(GradientCheckpointingLayer):
+    """A pre-norm Transformer block with stochastic depth."""
+
+    def __init__(self, config, drop_path_rate: float = 0.0):
+        super().__init__()
+        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = ViTAttention(config)
+        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = ViTMLP(config)
+        self.drop_path = StochasticDepth(drop_path_rate, mode="row") if drop_path_rate > 0.0 else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        attention, _ = self.attention(self.layernorm_before(hidden_states), None, **kwargs)
+        hidden_states = hidden_states + self.drop_path(attention)
+        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
+
+
+def build_layers(config, drop_path_rate: float) -> nn.ModuleList:
+    """The blocks of an encoder or decoder; stochastic depth rises linearly from 0 to `drop_path_rate`."""
+    last = max(config.num_hidden_layers - 1, 1)
+    return nn.ModuleList(MaskedViTLayer(config, drop_path_rate * i / last) for i in range(config.num_hidden_layers))
+
+
+class DecoderSizes:
+    """
+    A method's config seen with its decoder's sizes, for the blocks of the decoder.
+
+    A view and not a copy: the attention implementation that is set on the config later reaches the decoder too.
+    """
+
+    def __init__(self, config):
+        self.config = config
+        self.hidden_size = config.decoder_hidden_size
+        self.num_hidden_layers = config.decoder_num_hidden_layers
+        self.num_attention_heads = config.decoder_num_attention_heads
+        self.intermediate_size = config.decoder_intermediate_size
+        self.hidden_act = config.hidden_act
+        self.layer_norm_eps = config.layer_norm_eps
+        self.qkv_bias = config.qkv_bias
+        self.attention_probs_dropout_prob = config.attention_probs_dropout_prob
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        return self.config._attn_implementation
+
+
+class MaskedViTDecoder(nn.Module):
+    """
+    Predicts something for every token, hidden ones included, from the encoder's output.
+
+    Input map, mask tokens in the gaps, positions, blocks, LayerNorm (if `config.decoder_final_norm`), output map.
+    """
+
+    def __init__(self, config, output_size: int, drop_path_rate: float = 0.0):
+        super().__init__()
+        sizes = DecoderSizes(config)
+        self.embed = nn.Linear(config.hidden_size, sizes.hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, sizes.hidden_size))
+        add_position_table(self, config, sizes.hidden_size)
+        self.layers = build_layers(sizes, drop_path_rate)
+        final_norm = config.decoder_final_norm
+        self.layernorm = nn.LayerNorm(sizes.hidden_size, eps=config.layer_norm_eps) if final_norm else nn.Identity()
+        self.head = nn.Linear(sizes.hidden_size, output_size)
+
+    def forward(self, hidden_states: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, 1 + num_keep, hidden_size)`): The encoder's output.
+            ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): From `random_masking`.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, 1 + num_patches, output_size)`, [CLS] first.
+        """
+        hidden_states = restore_order(self.embed(hidden_states), self.mask_token, ids_restore)
+        hidden_states = hidden_states + self.position_embeddings.to(hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states)
+        return self.head(self.layernorm(hidden_states))
+
+
+def add_position_table(module: nn.Module, config: MaskedViTConfig, dim: int) -> None:
+    """
+    Gives `module` its `position_embeddings` (1, 1 + L, dim): a trained parameter, or the fixed table.
+
+    The fixed table is a buffer that is not saved: it follows from the config. [`MaskedViTPreTrainedModel`] writes it
+    again after loading, where it would otherwise hold uninitialised memory.
+    """
+    if config.position_embedding == "learned":
+        module.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, dim))
+    else:
+        table = sincos_position_table(*config.grid_size, dim)
+        # Moved to the default device, which is "meta" while a model is being loaded.
+        module.register_buffer("position_embeddings", table.to(torch.get_default_device()), persistent=False)
+
+
+class MaskedViTPreTrainedModel(PreTrainedModel):
+    """Conventions of transformers for all models of hf_mim: names, initialisation, loading."""
+
+    config: MaskedViTConfig
+    base_model_prefix = "encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["MaskedViTEmbeddings", "MaskedViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": MaskedViTLayer, "attentions": ViTAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            # The flag is looked at here because a flattened view of a loaded weight no longer carries it.
+            if not getattr(module.weight, "_is_hf_initialized", False):
+                init.xavier_uniform_(module.weight.flatten(1))
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
+        if isinstance(module, MaskedViTEmbeddings):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+        if isinstance(module, MaskedViTDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+        positions = getattr(module, "position_embeddings", None)
+        if isinstance(positions, nn.Parameter):
+            init.trunc_normal_(positions, std=self.config.initializer_range)
+        elif positions is not None:
+            init.copy_(positions, sincos_position_table(*self.config.grid_size, positions.shape[-1]))
+
+
+class MaskedViTModel(MaskedViTPreTrainedModel):
+    """The encoder. Methods subclass it with their own config."""
+
+    def __init__(self, config: MaskedViTConfig):
+        config.check_sizes()
+        super().__init__(config)
+        self.embeddings = MaskedViTEmbeddings(config)
+        self.layers = build_layers(config, config.drop_path_rate)
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool = False,
+        ids_keep: torch.Tensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPooling:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
+            interpolate_pos_encoding (`bool`, defaults to False): Accept pictures of another size than
+                `config.image_size`, with interpolated positions.
+            ids_keep (`torch.LongTensor` of shape `(batch_size, num_keep)`, *optional*): The patches to look at,
+                row-major indices, in the order wanted; all of them if None.
+
+        Returns:
+            `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, 1 + L, hidden_size) after the final
+            LayerNorm, [CLS] first; `pooler_output` (batch_size, hidden_size) by `config.pooling`; and, when asked
+            for, `hidden_states` and `attentions` (the latter with `attn_implementation="eager"`).
+
+        Raises:
+            ValueError: If the channels or the picture's size are not those of the config.
+        """
+        hidden_states = self.embeddings(pixel_values, ids_keep, interpolate_pos_encoding)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states[:, 1:].mean(dim=1)
+        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+
+
+class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
+    """
+    What the methods' pretraining models share: masks, frozen networks, and the hooks that the trainer calls.
+
+    Subclasses set `frozen_modules`, the names of sub-modules that no gradient reaches (a target, a base, a teacher):
+    these are always in eval mode, and stay frozen through loading.
+    """
+
+    # The loss is a mean over the batch already; without this the Trainer would not divide it by the accumulation.
+    accepts_loss_kwargs = False
+    frozen_modules: tuple[str, ...] = ()
+
+    def freeze(self) -> None:
+        """Stops gradients of the frozen networks, and puts them in eval mode."""
+        for name in self.frozen_modules:
+            self.get_submodule(name).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for name in self.frozen_modules:
+            self.get_submodule(name).eval()
+        return self
+
+    def masking(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`random_masking` of a batch by `noise`, which is drawn where it is None.
+
+        Raises:
+            ValueError: If `noise` is not of shape (batch_size, num_patches).
+        """
+        shape = (pixel_values.shape[0], self.config.num_patches)
+        if noise is None:
+            noise = torch.rand(shape, device=pixel_values.device)
+        elif noise.shape != shape:
+            raise ValueError(
+                f"noise has the shape {tuple(noise.shape)}; expected (batch_size, num_patches) = {tuple(shape)}."
+            )
+        return random_masking(noise, self.config.num_keep)
+
+    def after_optimizer_step(self, step: int, num_steps: int) -> None:
+        """Called by the trainer after each optimiser step. `step` counts from 0 to `num_steps - 1`."""
+
+    def reconstruct(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """
+        What the model makes of masked pictures, where the method predicts pixels; None elsewhere.
+
+        Returns:
+            `mask` (batch_size, 1, height, width), 1 where hidden, and predicted pixels (batch_size, num_channels,
+            height, width), normalised as the input is.
+        """
+        return None
+
+    def fill_missing(self, missing: set[str]) -> set[str]:
+        """Fills what a checkpoint lacks and can be had without training; returns the names still missing."""
+        return missing
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, initialize_missing=False, output_loading_info=False, **kwargs
+    ):
+        """
+        As `PreTrainedModel.from_pretrained`, and frozen networks stay frozen.
+
+        Args:
+            initialize_missing (`bool`, defaults to False): Whether what the checkpoint lacks (the decoders of a
+                checkpoint that holds only an encoder) is initialised anew.
+
+        Raises:
+            ValueError: If the checkpoint lacks weights and `initialize_missing` is False.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        missing = model.fill_missing(set(info["missing_keys"]))
+        if missing and not initialize_missing:
+            parts = sorted({name.split(".")[0] for name in missing})
+            raise ValueError(
+                f"{pretrained_model_name_or_path} is not a complete pretraining checkpoint of {cls.__name__}: it has "
+                f"no weights for {', '.join(parts)} ({len(missing)} tensors). Pass initialize_missing=True to start "
+                "these anew, or load the encoder alone with AutoModel.from_pretrained."
+            )
+        model.freeze()
+        model.eval()
+        return (model, info) if output_loading_info else model
+
+
+class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
+    """An encoder and a linear classifier on its `pooler_output`. Methods set `encoder_class`."""
+
+    accepts_loss_kwargs = False
+    encoder_class: type[MaskedViTModel]
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__(config)
+        self.encoder = self.encoder_class(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
+            labels (`torch.Tensor`, *optional*): Class indices (batch_size,), or probabilities (batch_size,
+                num_labels) as mixup and label smoothing give; both with cross-entropy.
+            interpolate_pos_encoding (`bool`, defaults to False): Accept other sizes than `config.image_size`.
+
+        Returns:
+            `ImageClassifierOutput`: `loss` (if `labels`), `logits` (batch_size, num_labels), and `hidden_states`,
+            `attentions` when asked for.
+        """
+        outputs = self.encoder(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MaskedViTBackbone(BackboneMixin, MaskedViTPreTrainedModel):
+    """Feature maps of chosen blocks, for detection and segmentation. Methods set `encoder_class`."""
+
+    encoder_class: type[MaskedViTModel]
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.encoder = self.encoder_class(config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.encoder.get_input_embeddings()
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> BackboneOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
+            interpolate_pos_encoding (`bool`, defaults to False): Accept other sizes than `config.image_size`.
+
+        Returns:
+            `BackboneOutput`: `feature_maps`, one a stage of `config.out_features` ("stem", "stage1", ...), each
+            (batch_size, hidden_size, rows, columns): the patch tokens after the final LayerNorm.
+        """
+        kwargs["output_hidden_states"] = True
+        outputs = self.encoder(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        patch_height, patch_width = as_pair(self.config.patch_size)
+        grid = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
+        feature_maps = tuple(
+            self.encoder.layernorm(hidden_states)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
+            if stage in self.out_features
+        )
+        return BackboneOutput(
+            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )

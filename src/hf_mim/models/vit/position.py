@@ -1,0 +1,49 @@
+"""Position tables: MAE's fixed sin-cos layout, and interpolation to other grids."""
+
+import torch
+from torch import nn
+
+
+def sincos_position_table(rows: int, columns: int, dim: int) -> torch.Tensor:
+    """
+    The fixed table of MAE, TEC, OCL and dBOT.
+
+    The first half of the channels encodes the *column*, the second half the *row*, each `[sin | cos]` with
+    `omega_i = 10000 ** (-i / (dim / 4))`. (transformers' `build_2d_sinusoidal_position_embedding` has the halves in
+    the other order.) [CLS] comes first and is zero.
+
+    Args:
+        rows (`int`), columns (`int`): The patch grid.
+        dim (`int`): Channels, a multiple of 4.
+
+    Returns:
+        float32 `torch.Tensor` of shape `(1, 1 + rows * columns, dim)`, on the CPU.
+    """
+    # An explicit device: inside `torch.device("meta")` the table must still have values to copy from.
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64, device="cpu") / (dim // 4))
+    row = torch.arange(rows, dtype=torch.float64, device="cpu").repeat_interleave(columns)
+    column = torch.arange(columns, dtype=torch.float64, device="cpu").repeat(rows)
+    halves = [
+        angle for position in (column, row) for angle in (position.outer(omega).sin(), position.outer(omega).cos())
+    ]
+    table = torch.cat(halves, dim=1).float()
+    return torch.cat((table.new_zeros(1, dim), table)).unsqueeze(0)
+
+
+def interpolate_position_table(table: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+    """
+    Bicubic interpolation of a position table to another patch grid, as ViT's; [CLS] (the first row) stays.
+
+    Args:
+        table (`torch.Tensor` of shape `(1, 1 + rows * columns, dim)`): Positions of `grid` = (rows, columns).
+        new_grid (`tuple[int, int]`): (rows, columns) wanted.
+
+    Returns:
+        `torch.Tensor` of shape `(1, 1 + new_rows * new_columns, dim)`; `table` itself where the grids are equal.
+    """
+    if new_grid == grid:
+        return table
+    dim = table.shape[-1]
+    patches = table[:, 1:].reshape(1, *grid, dim).permute(0, 3, 1, 2)
+    patches = nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+    return torch.cat((table[:, :1], patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)), dim=1)

@@ -1,0 +1,102 @@
+"""The methods, and how their classes reach transformers' Auto classes without being imported."""
+
+import importlib
+import importlib.abc
+import sys
+
+# model_type: prefix of the class names. The classes are in `hf_mim.models.<model_type>`.
+METHODS = {
+    "pilamim": "PiLaMIM",
+}
+
+# Auto class in transformers: suffix of our class.
+_AUTO_CLASSES = {
+    "AutoModel": "Model",
+    "AutoModelForPreTraining": "ForPreTraining",
+    "AutoModelForImageClassification": "ForImageClassification",
+    "AutoBackbone": "Backbone",
+}
+_IMAGE_PROCESSING_AUTO = "transformers.models.auto.image_processing_auto"
+
+
+def method_module(model_type: str, kind: str):
+    """
+    The module `kind` ("configuration", "modeling" or "convert") of a method.
+
+    Raises:
+        ValueError: If there is no such method.
+    """
+    if model_type not in METHODS:
+        raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(METHODS)}.")
+    return importlib.import_module(f"hf_mim.models.{model_type}.{kind}_{model_type}")
+
+
+def method_class(model_type: str, suffix: str) -> type:
+    """The class of a method, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification" or "Backbone"."""
+    kind = "configuration" if suffix == "Config" else "modeling"
+    return getattr(method_module(model_type, kind), METHODS[model_type] + suffix)
+
+
+class _LazyClass(type):
+    """Metaclass of a stand-in that becomes the real class on first use."""
+
+    def __getattr__(cls, name):
+        return getattr(cls.resolve(), name)
+
+    def __call__(cls, *args, **kwargs):
+        return cls.resolve()(*args, **kwargs)
+
+    def __instancecheck__(cls, instance):
+        return isinstance(instance, cls.resolve())
+
+
+def _lazy_class(model_type: str, suffix: str) -> type:
+    return _LazyClass(
+        METHODS[model_type] + suffix, (), {"resolve": staticmethod(lambda: method_class(model_type, suffix))}
+    )
+
+
+def register_auto_classes() -> None:
+    """Makes AutoConfig, AutoModel and the others know our methods. Imports their configurations, no model."""
+    import transformers
+
+    for model_type in METHODS:
+        config_class = method_class(model_type, "Config")
+        transformers.AutoConfig.register(model_type, config_class, exist_ok=True)
+        for auto_class, suffix in _AUTO_CLASSES.items():
+            mapping = getattr(transformers, auto_class)._model_mapping
+            mapping.register(config_class, _lazy_class(model_type, suffix), exist_ok=True)
+    # Importing AutoImageProcessor costs more than all the rest: our processor is registered when somebody else does.
+    if _IMAGE_PROCESSING_AUTO in sys.modules:
+        _register_image_processor(sys.modules[_IMAGE_PROCESSING_AUTO])
+    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _AfterImport())
+
+
+def _register_image_processor(module) -> None:
+    from .data.image_processing import MIMImageProcessor
+
+    for model_type in METHODS:
+        module.AutoImageProcessor.register(
+            method_class(model_type, "Config"),
+            image_processor_classes={"torchvision": MIMImageProcessor},
+            exist_ok=True,
+        )
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Registers our image processor right after transformers' registry of them is imported."""
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != _IMAGE_PROCESSING_AUTO:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            _register_image_processor(module)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
