@@ -27,8 +27,9 @@ class MIMImageProcessorKwargs(ImagesKwargs, total=False):
 class MIMImageProcessor(TorchvisionBackend):
     """Resizes, crops, and normalises pictures of any number of channels.
 
-    It takes what `read_picture` takes (arrays, tensors, PIL images, paths, bytes), one or a list, or an array or tensor
-    of four dimensions as a batch, and follows its rule: integers become 0 to 1 (`do_rescale`), floats stay as they are.
+    It takes what `read_picture` takes (arrays, tensors, PIL images, paths, bytes), one or a list, or an array or a
+    tensor of four dimensions as a batch, and follows its rule: integers become 0 to 1 (`do_rescale`), floats stay as
+    they are.
     """
 
     valid_kwargs = MIMImageProcessorKwargs

@@ -1,21 +1,22 @@
 """Reading one picture into a tensor, by one stated rule.
 
-`read_picture` returns (C, H, W), either **uint8** (0 to 255, divided by 255 later) or **float32** (used as it is). So the
-number that a model sees, before mean and standard deviation, is value / 255 for uint8 and the value itself for float32.
+`read_picture` returns (C, H, W), either **uint8** (0 to 255, divided by 255 later) or **float32** (used as it is). So
+the number that a model sees, before mean and standard deviation, is value / 255 for uint8, the value for float32.
 
-| found                                   | `num_channels=3`             | `num_channels=1`             | any other number n      |
-|-----------------------------------------|------------------------------|------------------------------|-------------------------|
-| RGB                                     | as it is                     | luma (ITU-R 601)             | error                   |
-| grey (L), 1 bit                         | repeated, uint8              | as it is, uint8              | error                   |
-| RGBA, grey + alpha, palette or RGB with | laid over white              | laid over white, then luma   | RGBA: n = 4, as it is;  |
-| a transparent colour                    |                              |                              | grey + alpha: n = 2     |
-| palette                                 | its colours                  | luma of its colours          | error                   |
-| CMYK, YCbCr, HSV                        | PIL's conversion to RGB      | luma of that                 | CMYK: n = 4, as it is   |
-| 16-bit grey (`I;16`, `I`)               | value / 65535, repeated, f32 | value / 65535, float32       | error                   |
-| float (`F`)                             | repeated, float32            | as it is, float32            | error                   |
-| array or `.npy`, (H, W)                 | repeated                     | as it is                     | error                   |
-| array or `.npy`, (H, W, C) or (C, H, W) | C = 3; C = 1 repeated        | C = 1                        | C = n                   |
-| TIFF                                    | PIL, else tifffile as array  | PIL, else tifffile as array  | tifffile, as an array   |
+| found                        | `num_channels=3`           | `num_channels=1`           | any other number n      |
+|------------------------------|----------------------------|----------------------------|-------------------------|
+| RGB                          | as it is                   | luma (ITU-R 601)           | error                   |
+| grey, 1 bit                  | repeated, uint8            | as it is, uint8            | error                   |
+| palette                      | its colours                | luma of its colours        | error                   |
+| RGBA, grey + alpha, palette  | laid over white            | laid over white, then luma | RGBA: n = 4, as it is;  |
+| or RGB with transparency     |                            |                            | grey + alpha: n = 2     |
+| CMYK, YCbCr, HSV             | PIL's conversion to RGB    | luma of that               | CMYK: n = 4, as it is   |
+| 16-bit grey (`I;16`, `I`)    | value / 65535, repeated    | value / 65535, float32     | error                   |
+| float (`F`)                  | repeated, float32          | as it is, float32          | error                   |
+| array or `.npy`: (H, W)      | repeated                   | as it is                   | error                   |
+| (H, W, C) or (C, H, W)       | C = 3, or C = 1 repeated   | C = 1                      | C = n                   |
+| TIFF                         | as above, by PIL; what PIL | as for 3                   | as an array, by         |
+|                              | cannot: array, by tifffile |                            | tifffile                |
 
 * Arrays: bool and uint8 become uint8, uint16 becomes value / 65535 in float32, floats become float32 with the values
   they have (which must be finite). Other integers are refused: their range says nothing about what is black or white.
@@ -34,7 +35,6 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-
 
 # Read by PIL, besides .npy (numpy).
 PICTURE_EXTENSIONS = (
@@ -117,8 +117,8 @@ def _decode(data: bytes, num_channels: int, name: str):
     if not data:
         raise BrokenPictureError(f"{name}: the file is empty (0 bytes).")
     is_tiff = data.startswith(_TIFF_MAGIC)
-    # A damaged file can raise nearly anything out of a codec (OSError, SyntaxError, struct.error, IndexError, ...), and
-    # all of it means the same here.
+    # A damaged file can raise nearly anything out of a codec (OSError, SyntaxError, struct.error, IndexError, ...),
+    # and all of it means the same here.
     try:
         if data.startswith(_NPY_MAGIC):
             return np.load(io.BytesIO(data), allow_pickle=False)

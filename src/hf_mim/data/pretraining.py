@@ -13,7 +13,6 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate,
 
 from .pictures import BrokenPictureError
 
-
 logger = logging.getLogger(__name__)
 
 
@@ -94,17 +93,17 @@ class StreamingPretrainingDataset(IterableDataset):
     """An endless stream of transformed pictures, for data that is read in order.
 
     Args:
-        pictures: as `PictureStream`: iterates over tensors of shape `(channels, height, width)`, shares itself out among
-            the workers of a `DataLoader`, and has `set_epoch` and `shard(num_shards, index)`.
+        pictures: as `PictureStream`: iterates over tensors of shape `(channels, height, width)`, shares itself out
+            among the workers of a `DataLoader`, and has `set_epoch` and `shard(num_shards, index)`.
         transform: `(picture, epoch, index) -> dict of tensors`, as `PretrainingTransform`.
         rank, num_processes (`int`): which share of the pictures this process takes, out of how many.
 
     After the last picture it begins again, with new crops and a new order; so every process has as many batches as any
     other, whatever their shares, and training stops at `--max_steps`, which it needs.
 
-    Crop, flip and noise are functions of (seed, pass, place in the stream). The place counts the streams apart (one per
-    process and worker), so unlike those of a map-style data set they depend on how many workers and processes there
-    are. A resumed run repeats the stream from its start up to where it was, reading all of it.
+    Crop, flip and noise are functions of (seed, pass, place in the stream). The place counts the streams apart (one
+    per process and worker), so unlike those of a map-style data set they depend on how many workers and processes
+    there are. A resumed run repeats the stream from its start up to where it was, reading all of it.
     """
 
     def __init__(self, pictures, transform, *, rank: int = 0, num_processes: int = 1):

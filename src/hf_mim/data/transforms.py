@@ -13,7 +13,6 @@ import torch
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-
 _ASPECT_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10  # as many as torchvision's RandomResizedCrop makes
 _NUM_DRAWS = 1 + 4 * _CROP_ATTEMPTS
@@ -103,6 +102,7 @@ class PretrainingTransform:
         self.horizontal_flip = horizontal_flip
         self.seed = seed
         self._scale = 1 / torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
+        self._scale_uint8 = self._scale / 255
         self._shift = -torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1) * self._scale
 
     def __call__(self, picture: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
@@ -129,5 +129,5 @@ class PretrainingTransform:
         )
         if self.horizontal_flip and draws[0] < 0.5:
             picture = F.horizontal_flip(picture)
-        scale = self._scale / 255 if picture.dtype == torch.uint8 else self._scale
+        scale = self._scale_uint8 if picture.dtype == torch.uint8 else self._scale
         return {"pixel_values": picture.to(torch.float32).mul(scale).add_(self._shift), "noise": noise}

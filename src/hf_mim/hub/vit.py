@@ -1,13 +1,16 @@
 """Export to, and import from, transformers' own Vision Transformers."""
 
 import torch
-from transformers import ViTConfig, ViTForImageClassification, ViTModel
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
+from ..models.vit.configuration_vit import MaskedViTConfig
 from ..models.vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTForPreTraining,
     MaskedViTModel,
 )
+from ..models.vit.position import sincos_position_table
+from ..registry import METHODS
 
 _SHARED_FIELDS = (
     "hidden_size",
@@ -66,3 +69,36 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
             weights["pooler.dense.bias"] = torch.zeros(config.hidden_size)
         exported.load_state_dict(weights)
     return exported.to(device=encoder.device, dtype=encoder.dtype).eval()
+
+
+@torch.no_grad()
+def encoder_from_vit(model: PreTrainedModel) -> MaskedViTModel:
+    """
+    The encoder of a stock `ViTModel` or `ViTMAEModel` as ours; its positions stay fixed if they are MAE's table.
+
+    Args:
+        model: What `AutoModel.from_pretrained` gives for a ViT or ViTMAE checkpoint.
+
+    Returns:
+        `MaskedViTModel` with the same outputs for the whole image, in eval mode.
+
+    Raises:
+        ValueError: If the model is of another kind.
+    """
+    if model.config.model_type not in ("vit", "vit_mae"):
+        raise ValueError(
+            f"Pretraining continues from checkpoints of {', '.join(METHODS)}, vit and vit_mae; this one is "
+            f"{model.config.model_type}."
+        )
+    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("pooler.")}
+    fields = {name: getattr(model.config, name) for name in _SHARED_FIELDS}
+    config = MaskedViTConfig(**fields)
+    positions = weights["embeddings.position_embeddings"]
+    table = sincos_position_table(*config.grid_size, config.hidden_size)
+    if torch.allclose(positions.float().cpu(), table, atol=1e-5):
+        del weights["embeddings.position_embeddings"]
+    else:
+        config.position_embedding = "learned"
+    encoder = MaskedViTModel(config)
+    encoder.load_state_dict(weights)
+    return encoder.eval()

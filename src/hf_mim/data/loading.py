@@ -1,0 +1,220 @@
+"""From flags to pictures: `load_pictures`, and what has to be checked or computed before training."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from .arguments import AUTO, TORCHVISION_PREFIX, DataArguments
+from .hub_sources import VALIDATION_SPLITS, from_datasets, from_stream, from_torchvision, load_splits
+from .sources import PictureDataset, PictureStream, check_folder, from_folder, from_idx, has_idx_files
+
+_DEFAULT_SCENES = {"train": 12000, "validation": 2000}
+_SCENE_SIZE = 64
+_MEMORY_FOR_SCENES = 1 << 30  # bytes
+_STREAMED_VALIDATION = 2000
+
+
+@dataclass
+class PictureSplits:
+    """Pictures to train on, and pictures held out to see how good the features are."""
+
+    train: PictureDataset | PictureStream
+    validation: PictureDataset
+
+
+def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
+    """Finds the pictures that the flags name.
+
+    Args:
+        args (`DataArguments`): the flags.
+        seed (`int`): of the scenes, and of a stream's order. Which pictures are held out or left out by the
+            `--max_..._samples` does not depend on it, so that runs of several seeds see the same.
+
+    Returns:
+        `PictureSplits`: `train` is a `PictureStream` with `--streaming`, else both are `PictureDataset`s.
+
+    Raises:
+        ValueError: nothing there, or not what it should be; the message says what to do.
+    """
+    if args.dataset_name is None and args.train_dir is None:
+        train, validation = _load_scenes(args, seed)
+    elif args.dataset_name is None:
+        train, validation = _load_folders(args)
+    elif args.dataset_name.startswith(TORCHVISION_PREFIX):
+        train, validation = from_torchvision(
+            args.dataset_name,
+            args.train_dir,
+            args.num_channels,
+            train_split=args.train_split,
+            validation_split=args.validation_split,
+        )
+    else:
+        train, validation = _load_dataset(args, seed)
+
+    if isinstance(train, PictureStream):
+        return PictureSplits(train, validation)
+    if len(train) == 0:
+        raise ValueError(f"{train.source} is empty: there is nothing to train on.")
+    if validation is None:
+        train, validation = _hold_out(train, args.validation_fraction)
+    train = _subset(train, args.max_train_samples)
+    return PictureSplits(train, _subset(validation, args.max_eval_samples))
+
+
+def _load_scenes(args: DataArguments, seed: int):
+    from .scenes import scenes
+
+    numbers = {
+        "train": args.max_train_samples or _DEFAULT_SCENES["train"],
+        "validation": args.max_eval_samples or _DEFAULT_SCENES["validation"],
+    }
+    splits = {
+        split: scenes(
+            split,
+            number,
+            image_size=args.image_height_width or _SCENE_SIZE,
+            seed=seed,
+            num_proc=min(os.cpu_count() or 1, 8),
+            cache_dir=args.data_cache_dir,
+        )
+        for split, number in numbers.items()
+    }
+    pictures = from_datasets(splits, args.num_channels, source="scenes", label_columns=args.label_column_names)
+    return tuple(_decode_once(pictures[split]) for split in numbers)
+
+
+def _decode_once(pictures: PictureDataset) -> PictureDataset:
+    """The same pictures, all of one size, decoded in memory, if they fit: reading them is then ten times as fast."""
+    first = pictures[0]
+    shape = (len(pictures), *first.shape[1:], first.shape[0])
+    if np.prod(shape, dtype=np.int64) > _MEMORY_FOR_SCENES:
+        return pictures
+    decoded = np.empty(shape, dtype=np.uint8)
+    for index in range(len(pictures)):
+        decoded[index] = pictures[index].permute(1, 2, 0).numpy()
+    return PictureDataset(
+        decoded,
+        pictures.num_channels,
+        source=pictures.source,
+        labels=pictures.labels,
+        label_names=pictures.label_names,
+    )
+
+
+def _load_folders(args: DataArguments):
+    roots = [check_folder(path) for path in (args.train_dir, args.validation_dir) if path]
+    if not has_idx_files(roots[0]):
+        train, *validation = from_folder(roots, args.num_channels)
+        return train, validation[0] if validation else None
+    found = [from_idx(root, args.num_channels) for root in roots]
+    train = found[0].get("train") or found[0]["test"]
+    if len(found) == 2:
+        return train, found[1].get("test") or found[1]["train"]
+    return train, found[0].get("test") if "train" in found[0] else None
+
+
+def _load_dataset(args: DataArguments, seed: int):
+    splits = load_splits(
+        args.dataset_name, args.dataset_config_name, streaming=args.streaming, cache_dir=args.data_cache_dir
+    )
+    for flag, split in (("--train_split", args.train_split), ("--validation_split", args.validation_split)):
+        if split is not None and split not in splits:
+            raise ValueError(f"{flag} {split}: {args.dataset_name} has the splits {', '.join(splits)}.")
+    candidates = [args.validation_split] if args.validation_split else VALIDATION_SPLITS
+    held_out = next((name for name in candidates if name in splits and name != args.train_split), None)
+    settings = {
+        "num_channels": args.num_channels,
+        "source": args.dataset_name,
+        "image_column": args.image_column_name,
+        "label_columns": args.label_column_names,
+    }
+    if not args.streaming:
+        used = {name: splits[name] for name in (args.train_split, held_out) if name}
+        pictures = from_datasets(used, **settings)
+        return pictures[args.train_split], pictures.get(held_out)
+
+    train = splits[args.train_split]
+    num_held_out = args.max_eval_samples or _STREAMED_VALIDATION
+    if held_out:
+        validation = splits[held_out]
+    else:  # the first pictures, which training then leaves out
+        validation, train = train.take(num_held_out), train.skip(num_held_out)
+    if args.max_train_samples:
+        train = train.take(args.max_train_samples)
+    train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
+    train = from_stream(train, **settings, skip_broken=args.skip_broken_images)
+    return train, from_stream(validation, **settings).take(num_held_out)
+
+
+def _hold_out(pictures: PictureDataset, fraction: float) -> tuple[PictureDataset, PictureDataset]:
+    if len(pictures) < 2:
+        raise ValueError(f"{pictures.source} has 1 picture, and no split to hold out: expected at least 2.")
+    order = _fixed_order(len(pictures))
+    num_held_out = min(len(pictures) - 1, max(1, round(len(pictures) * fraction)))
+    return pictures.select(np.sort(order[num_held_out:])), pictures.select(np.sort(order[:num_held_out]))
+
+
+def _subset(pictures: PictureDataset, num: int | None) -> PictureDataset:
+    if num is None or num >= len(pictures):
+        return pictures
+    return pictures.select(np.sort(_fixed_order(len(pictures))[:num]))
+
+
+def _fixed_order(length: int) -> np.ndarray:
+    """An order that never changes: a folder sorted by class must not lose its last classes to a limit."""
+    return np.random.Generator(np.random.PCG64(0)).permutation(length)
+
+
+def check_pictures(pictures: PictureDataset | PictureStream) -> torch.Tensor:
+    """Reads the first picture, so that a wrong number of channels or an unreadable file shows before training.
+
+    Returns:
+        `torch.Tensor` of shape `(num_channels, height, width)`: that picture.
+
+    Raises:
+        ValueError: there is none, or it is not as it should be.
+    """
+    if isinstance(pictures, PictureStream):
+        first = next(iter(pictures), None)
+        if first is None:
+            raise ValueError(f"{pictures.source} is empty: there is nothing to train on.")
+        return first
+    if len(pictures) == 0:
+        raise ValueError(f"{pictures.source} is empty: expected at least one picture.")
+    return pictures[0]
+
+
+def compute_mean_std(pictures: PictureDataset | PictureStream, num: int = 1000) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel over `num` pictures, each counting as much as any other.
+
+    Values are 0 to 1 for integers and as they are for floats. A channel that never changes gets the standard
+    deviation 1.
+    """
+    if isinstance(pictures, PictureStream):
+        pictures = pictures.take(num)
+    rows = _fixed_order(len(pictures))[:num]
+    first = second = 0.0
+    for row in np.sort(rows).tolist():
+        picture = pictures[row]
+        picture = picture.to(torch.float64) / (255 if picture.dtype == torch.uint8 else 1)
+        first = first + picture.mean(dim=(1, 2))
+        second = second + picture.square().mean(dim=(1, 2))
+    mean = first / len(rows)
+    std = (second / len(rows) - mean.square()).clamp(min=0).sqrt()
+    std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
+    return mean.tolist(), std.tolist()
+
+
+def resolve_mean_std(args: DataArguments, pictures: PictureDataset | PictureStream) -> tuple[list[float], list[float]]:
+    """The mean and standard deviation that the flags ask for: given, ImageNet's, or computed."""
+    if args.image_mean is None and args.num_channels == 3:
+        return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
+    computed = (None, None)
+    if args.image_mean in (None, AUTO) or args.image_std in (None, AUTO):
+        computed = compute_mean_std(pictures)
+    mean = computed[0] if args.image_mean in (None, AUTO) else args.image_mean
+    std = computed[1] if args.image_std in (None, AUTO) else args.image_std
+    return mean, std

@@ -1,0 +1,294 @@
+"""Collections of pictures with labels: one kind that is indexed, one that is streamed, and what they are made from."""
+
+import gzip
+import os
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, get_worker_info
+
+from .pictures import PICTURE_EXTENSIONS, BrokenPictureError, read_picture
+
+
+class PictureDataset(Dataset):
+    """Pictures by index: `pictures[i]` is a tensor (num_channels, height, width), as `read_picture` gives it.
+
+    Args:
+        values: what `read_picture` takes, by index.
+        num_channels (`int`): of every picture.
+        source (`str`): where the pictures are from, to name those that have no path.
+        labels: label name to integers of shape `(len(values),)`; -1 where there is none.
+        label_names: label name to the names of its classes.
+    """
+
+    def __init__(
+        self,
+        values: Sequence,
+        num_channels: int,
+        *,
+        source: str,
+        labels: dict[str, np.ndarray] | None = None,
+        label_names: dict[str, list[str]] | None = None,
+    ):
+        self.num_channels = num_channels
+        self.source = source
+        self.labels = {key: np.asarray(column, dtype=np.int64) for key, column in (labels or {}).items()}
+        self.label_names = label_names or {}
+        self._values = values
+        self._rows = np.arange(len(values))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        value = self._value(index)
+        return read_picture(value, self.num_channels, name=self._name(index, value))
+
+    def name(self, index: int) -> str:
+        """The picture's file, or its row in the data set."""
+        return self._name(index, self._value(index))
+
+    def select(self, indices) -> "PictureDataset":
+        """These pictures and their labels, in this order, sharing the memory of all."""
+        selected = object.__new__(type(self))
+        selected.__dict__.update(self.__dict__)
+        selected._rows = self._rows[indices]
+        selected.labels = {key: column[indices] for key, column in self.labels.items()}
+        return selected
+
+    def _value(self, index: int):
+        return self._values[int(self._rows[index])]
+
+    def _name(self, index: int, value) -> str:
+        row = f"row {self._rows[index]} of {self.source}"
+        if isinstance(value, dict) and value.get("path"):
+            return f"{value['path']} ({row})"
+        return value if isinstance(value, str) else row
+
+
+class PictureStream:
+    """Pictures in the order in which they are read, from a `datasets.IterableDataset`.
+
+    Iterating gives tensors of shape `(num_channels, height, width)`. In a `DataLoader`'s worker it gives that worker's
+    share: whole files of the data set, so that a worker too many has none.
+
+    Args:
+        stream (`datasets.IterableDataset`): rows, with pictures not decoded.
+        column (`str`): where a row has its picture.
+        num_channels (`int`): of every picture.
+        source (`str`): where the pictures are from, to name those that have no path.
+        label_names: label name (a column of integers) to the names of its classes.
+        skip_broken (`bool`): leave out what cannot be read, and count it in `num_broken`.
+    """
+
+    def __init__(self, stream, column, num_channels, *, source, label_names=None, skip_broken=False):
+        self.stream = stream
+        self.column = column
+        self.num_channels = num_channels
+        self.source = source
+        self.label_names = label_names or {}
+        self.skip_broken = skip_broken
+        self._epoch = 0
+        # A slot for each worker, in memory that they share, so that none overwrites another's count.
+        self._num_broken = torch.zeros(1024, dtype=torch.int64).share_memory_()
+
+    @property
+    def num_broken(self) -> int:
+        """Broken pictures that this process and its workers left out in their first pass (`skip_broken` only)."""
+        return int(self._num_broken.sum())
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next pass, where the stream is shuffled."""
+        self._epoch = epoch
+        self.stream.set_epoch(epoch)
+
+    def shard(self, num_shards: int, index: int) -> "PictureStream":
+        """The share of process `index` out of `num_shards`."""
+        from datasets.distributed import split_dataset_by_node
+
+        shard = object.__new__(type(self))
+        shard.__dict__.update(self.__dict__)
+        shard.stream = split_dataset_by_node(self.stream, rank=index, world_size=num_shards)
+        return shard
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        worker = get_worker_info()
+        for row, example in enumerate(self.stream):
+            try:
+                picture = read_picture(example[self.column], self.num_channels, name=self._name(row, example))
+            except BrokenPictureError:
+                if not self.skip_broken:
+                    raise
+                if self._epoch == 0:
+                    self._num_broken[worker.id if worker else 0] += 1
+                continue
+            yield picture
+
+    def take(self, num: int) -> PictureDataset:
+        """The first `num` pictures, as they are stored, and their labels, held in memory."""
+        examples = list(self.stream.take(num))
+        labels = {key: [example[key] for example in examples] for key in self.label_names}
+        values = [example[self.column] for example in examples]
+        return PictureDataset(
+            values, self.num_channels, source=self.source, labels=labels, label_names=self.label_names
+        )
+
+    def _name(self, row: int, example: dict) -> str:
+        value = example[self.column]
+        path = value.get("path") if isinstance(value, dict) else None
+        return f"{path} (in {self.source})" if path else f"picture {row} of the stream {self.source}"
+
+
+# --- a folder of pictures
+
+
+class _Paths:
+    """Paths below a root, in one array: a million Python strings would be copied into every worker, page by page."""
+
+    def __init__(self, root: str, paths: list[str]):
+        self.root = root
+        self.paths = np.array([os.fsencode(path) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> str:
+        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
+
+
+def find_pictures(root: str | os.PathLike) -> list[str]:
+    """Paths of the pictures below a folder, relative to it, sorted; hidden files and folders are left out.
+
+    Raises:
+        ValueError: there is no such folder, or it holds no picture.
+    """
+    root = check_folder(root)
+    paths, visited = [], set()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in visited:  # a link back up would never end
+            subfolders.clear()
+            continue
+        visited.add(real)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        paths += [
+            os.path.relpath(os.path.join(folder, name), root)
+            for name in files
+            if not name.startswith(".") and name.lower().endswith(PICTURE_EXTENSIONS)
+        ]
+    if not paths:
+        raise ValueError(f"{root} holds no picture. Files that are read: {', '.join(PICTURE_EXTENSIONS)}.")
+    return sorted(paths, key=lambda path: Path(path).parts)
+
+
+def check_folder(path: str | os.PathLike) -> str:
+    path = os.path.expanduser(path)
+    if not os.path.isdir(path):
+        what = "is a file" if os.path.exists(path) else "does not exist"
+        raise ValueError(f"{path} {what}, expected a folder of pictures (or of idx files, *-ubyte).")
+    return path
+
+
+def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
+    """Folders of pictures with the same classes (training and validation), as data sets.
+
+    If every picture lies in a sub-folder, and there are at least two of these, they are the classes of `label`.
+    """
+    found = [find_pictures(root) for root in roots]
+    classes = sorted({Path(path).parts[0] for paths in found for path in paths})
+    labelled = len(classes) > 1 and all(len(Path(path).parts) > 1 for paths in found for path in paths)
+    numbers = {name: number for number, name in enumerate(classes)}
+    return [
+        PictureDataset(
+            _Paths(os.path.expanduser(root), paths),
+            num_channels,
+            source=os.fspath(root),
+            labels={"label": [numbers[Path(path).parts[0]] for path in paths]} if labelled else None,
+            label_names={"label": classes} if labelled else None,
+        )
+        for root, paths in zip(roots, found, strict=True)
+    ]
+
+
+# --- idx files
+
+
+_IDX_NAME = re.compile(r"ubyte(\.gz)?$")
+
+
+def read_idx(path: str | os.PathLike) -> np.ndarray:
+    """An idx file of unsigned bytes, as MNIST's, plain or compressed by gzip.
+
+    Returns:
+        `np.ndarray` of uint8: `(N,)` labels, `(N, height, width)` or `(N, height, width, channels)` pictures.
+
+    Raises:
+        ValueError: it is not such a file, or is longer or shorter than it says.
+    """
+    path = os.fspath(path)
+    try:
+        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+            data = file.read()
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from error
+    if len(data) < 4 or data[:3] != b"\0\0\x08" or not 1 <= data[3] <= 4:
+        raise ValueError(
+            f"{path}: begins with {data[:4].hex() or 'nothing'}, expected 000008 and the number of dimensions "
+            "(1 to 4), as an idx file of unsigned bytes does."
+        )
+    header = 4 + 4 * data[3]
+    if len(data) < header:
+        raise ValueError(f"{path}: cut off within its header.")
+    shape = struct.unpack(f">{data[3]}I", data[4:header])
+    expected = int(np.prod(shape, dtype=object))
+    if len(data) - header != expected:
+        raise ValueError(
+            f"{path}: holds {len(data) - header} values, but its header says {expected} ({shape}): cut off or damaged."
+        )
+    return np.frombuffer(bytearray(data), dtype=np.uint8, offset=header).reshape(shape)  # bytearray: writable
+
+
+def has_idx_files(folder: str | os.PathLike) -> bool:
+    return any(_IDX_NAME.search(name) for name in os.listdir(folder))
+
+
+def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
+    """The idx files of a folder: "train" (whose name has "train" in it) and "test" (the others), where they are there.
+
+    The labels of `train-images-idx3-ubyte` are in `train-labels-idx1-ubyte`, and so on.
+    """
+    # a plain file goes before its compressed twin
+    names = [name for name in os.listdir(folder) if _IDX_NAME.search(name)]
+    names.sort(key=lambda name: name.endswith(".gz"))
+    stems: dict[str, str] = {}
+    for name in names:
+        stems.setdefault(name.removesuffix(".gz"), os.path.join(folder, name))
+
+    splits: dict[str, PictureDataset] = {}
+    for stem, path in sorted(stems.items()):
+        if "images" not in stem:
+            continue
+        split = "train" if "train" in stem else "test"
+        if split in splits:
+            raise ValueError(
+                f"{folder} holds several sets of {split} pictures: {splits[split].source} and {path}. Keep one."
+            )
+        pictures = read_idx(path)
+        labels_path = stems.get(stem.replace("images", "labels").replace("idx3", "idx1"))
+        labels = read_idx(labels_path) if labels_path else None
+        if labels is not None and len(labels) != len(pictures):
+            raise ValueError(f"{labels_path} holds {len(labels)} labels for the {len(pictures)} pictures of {path}.")
+        splits[split] = PictureDataset(
+            pictures,
+            num_channels,
+            source=path,
+            labels=None if labels is None else {"label": labels},
+            label_names=None if labels is None else {"label": [str(n) for n in range(int(labels.max(initial=0)) + 1)]},
+        )
+    if not splits:
+        raise ValueError(f"{folder} holds idx files ({', '.join(sorted(stems))}), but none named *images*-ubyte.")
+    return splits

@@ -1,0 +1,91 @@
+"""Pictures that show what a model does: reconstructions and loss curves."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+_GAP = 2
+_TILE = 96
+
+
+def unnormalise(pixel_values: torch.Tensor, mean, std) -> torch.Tensor:
+    """Undoes `(x - mean) / std` per channel and clips to [0, 1]; shape (..., channels, height, width)."""
+    mean = torch.as_tensor(mean, dtype=torch.float32).view(-1, 1, 1)
+    std = torch.as_tensor(std, dtype=torch.float32).view(-1, 1, 1)
+    return (pixel_values.float().cpu() * std + mean).clamp(0.0, 1.0)
+
+
+def draw_reconstructions(pixel_values, mask, predicted, mean, std) -> Image.Image:
+    """
+    A sheet with one row a picture: original; what the encoder saw; what the model predicted, the patches it saw being
+    the originals; the prediction alone.
+
+    Args:
+        pixel_values, predicted (`torch.Tensor` of shape `(num_pictures, channels, height, width)`): Normalised.
+        mask (`torch.Tensor` of shape `(num_pictures, 1, height, width)`): 1 where hidden.
+        mean, std: One number a channel.
+
+    Returns:
+        `PIL.Image.Image`, RGB. Of other than 1 or 3 channels the first is shown, in grey.
+    """
+    original, prediction = unnormalise(pixel_values, mean, std), unnormalise(predicted, mean, std)
+    mask = mask.float().cpu()
+    masked = original * (1 - mask) + 0.5 * mask
+    pasted = original * (1 - mask) + prediction * mask
+    columns = [_to_rgb(images) for images in (original, masked, pasted, prediction)]
+    return tile([[column[row] for column in columns] for row in range(len(original))])
+
+
+def tile(rows: list[list[np.ndarray]]) -> Image.Image:
+    """Pictures of equal size (height, width, 3), uint8, as a sheet; small ones are enlarged without blurring."""
+    height, width = rows[0][0].shape[:2]
+    scale = max(1, _TILE // min(height, width))
+    sheet = Image.new(
+        "RGB", (len(rows[0]) * (width * scale + _GAP) - _GAP, len(rows) * (height * scale + _GAP) - _GAP), "white"
+    )
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            enlarged = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (j * (width * scale + _GAP), i * (height * scale + _GAP)))
+    return sheet
+
+
+def _to_rgb(images: torch.Tensor) -> np.ndarray:
+    if images.shape[1] != 3:
+        images = images[:, :1].expand(-1, 3, -1, -1)
+    return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
+    """
+    Draws every loss that was logged, training and held out, over the steps.
+
+    Args:
+        log_history (`list[dict]`): `trainer.state.log_history`.
+        path: Where the PNG goes.
+
+    Returns:
+        `bool`: False, and no file, if fewer than two training losses were logged.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = sorted({name for log in log_history for name in log if name == "loss" or name.startswith("loss_")})
+    if sum("loss" in log for log in log_history) < 2:
+        return False
+    figure, panels = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False, layout="constrained")
+    for panel, name in zip(panels[0], names, strict=True):
+        for key, label in ((name, "training"), (f"eval_{name}", "held out")):
+            points = [(log["step"], log[key]) for log in log_history if key in log]
+            if points:
+                panel.plot(*zip(*points, strict=True), label=label, marker="o" if key != name else None, markersize=3)
+        panel.set(title=name, xlabel="step")
+        panel.grid(alpha=0.3)
+        panel.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True

@@ -1,0 +1,95 @@
+"""Training arguments whose defaults fit masked image modelling."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+
+@dataclass
+class MIMTrainingArguments(TrainingArguments):
+    """
+    transformers' `TrainingArguments` with MAE's recipe as defaults, a learning rate that scales with the effective
+    batch, and warm-up in epochs.
+
+    Raises:
+        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate.
+    """
+
+    base_learning_rate: float = field(
+        default=1.5e-4,
+        metadata={
+            "help": "Learning rate per 256 pictures: the peak is base_learning_rate * effective batch / 256, where the "
+            "effective batch is per-device batch x devices x accumulation. Not used if learning_rate is given."
+        },
+    )
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "Peak learning rate as it is. Default: scaled from base_learning_rate."}
+    )
+    warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Linear warm-up in epochs; takes precedence over warmup_steps."}
+    )
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "Linear warm-up in steps, or below 1 as a share of all steps (40 of 800 epochs)."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Half a cosine to 0, updated every step."}
+    )
+    weight_decay: float = field(
+        default=0.05, metadata={"help": "AdamW's weight decay, on matrices only (not on biases, norms, tokens, positions)."}
+    )
+    adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "Train in bfloat16 autocast. Default: where the hardware multiplies matrices in it."},
+    )
+    logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (below 1: share of all)."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hides a loss that is not finite, at the price of a sync each step."}
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
+    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the last, smaller batch."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Pictures come as tensors already."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter gets a gradient, so nothing needs to be found."}
+    )
+    ddp_broadcast_buffers: bool | None = field(
+        default=False, metadata={"help": "The buffers are constant tables: nothing to send at each step."}
+    )
+    report_to: None | str | list[str] = field(
+        default="none", metadata={"help": "Where logs go besides the output directory: tensorboard, trackio, ..."}
+    )
+
+    def __post_init__(self):
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.bf16 is None:
+            # `accelerate launch` always sets the variable, to "no" if it was not asked for anything.
+            chosen = self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
+            self.bf16 = not chosen and supports_bf16(self.use_cpu)
+        super().__post_init__()
+        # Never asked of a pretraining model; gathering them would fill the memory.
+        self.prediction_loss_only = True
+        self.label_names = []
+        if self.learning_rate is None:
+            if self.auto_find_batch_size:
+                raise ValueError(
+                    "auto_find_batch_size changes the batch that the learning rate is scaled by. Give learning_rate, or "
+                    "choose per_device_train_batch_size yourself."
+                )
+            self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Pictures per optimiser step: per-device batch x devices x accumulation."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def supports_bf16(use_cpu: bool) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices faster than float32 ones."""
+    if not use_cpu:
+        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,110 @@
+"""What happens beside the optimisation: stopping without loss, and reconstructions among the logs."""
+
+import signal
+import threading
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from ..evaluation.pictures import draw_reconstructions
+
+logger = logging.get_logger(__name__)
+
+
+class SaveOnInterrupt(TrainerCallback):
+    """
+    Ctrl-C or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once.
+
+    With several processes they agree when logging, so that none waits for another for ever.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.requested = False
+        self.stopped = False
+        self._previous = {}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # Python delivers signals to the main thread only, and only there may handlers be set.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._request)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.restore()
+
+    def restore(self) -> None:
+        """Puts the previous signal handlers back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _request(self, number, frame):
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        print("\nInterrupted: finishing the step and saving. Once more to stop at once.", flush=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        requested = self.requested
+        if args.world_size > 1:
+            if state.global_step % state.logging_steps:
+                return
+            flag = torch.tensor([float(requested)], device=args.device)
+            requested = bool(self.trainer.accelerator.reduce(flag).item())
+        if requested:
+            self.stopped = True
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class LogReconstructions(TrainerCallback):
+    """
+    After each evaluation and at the end, draws what the model makes of a few held-out pictures, into
+    `output_dir/reconstructions` and into tensorboard and trackio where they are in `report_to`.
+
+    Args:
+        trainer: The trainer, whose callbacks hold the writers.
+        batch (`dict`): `pixel_values` and `noise` of the pictures shown.
+        mean, std: Of the normalisation, one number a channel.
+    """
+
+    def __init__(self, trainer, batch: dict[str, torch.Tensor], mean, std):
+        self.trainer, self.batch, self.mean, self.std = trainer, batch, mean, std
+        self.last_path: Path | None = None
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.draw(args, state)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.draw(args, state)
+
+    def draw(self, args, state) -> None:
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
+        # On all processes: under FSDP the forward pass is a common effort.
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), self.trainer.accelerator.autocast():
+            reconstruction = model.reconstruct(*(self.batch[name].to(args.device) for name in ("pixel_values", "noise")))
+        model.train(was_training)
+        if reconstruction is None or not state.is_world_process_zero:
+            return
+        sheet = draw_reconstructions(self.batch["pixel_values"], *reconstruction, self.mean, self.std)
+        path = Path(args.output_dir) / "reconstructions" / f"step-{state.global_step}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path)
+        self.last_path = path
+        self._report(np.asarray(sheet), state.global_step)
+
+    def _report(self, sheet: np.ndarray, step: int) -> None:
+        for callback in self.trainer.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)
+            if writer is not None:
+                writer.add_image("reconstructions", sheet, step, dataformats="HWC")
+        if "trackio" in self.trainer.args.report_to:
+            import trackio
+
+            trackio.log({"reconstructions": trackio.Image(sheet)}, step=step)

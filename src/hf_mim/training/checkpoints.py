@@ -1,0 +1,95 @@
+"""Finding a checkpoint to resume from, and refusing to resume from a damaged or foreign one."""
+
+import json
+import zipfile
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
+from transformers.trainer_utils import get_last_checkpoint
+
+# What differs between equal models.
+_NOT_COMPARED = {"transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"}
+
+
+def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrainedConfig) -> str | None:
+    """
+    The checkpoint that training goes on from: the one asked for, else the last one in `output_dir`, else None.
+
+    Args:
+        output_dir (`str`): Where this run writes.
+        requested (`str`, *optional*): `resume_from_checkpoint`: a folder, "true" for the last one, "false" for none.
+        config: Of the model to be trained.
+
+    Raises:
+        ValueError: If the checkpoint is damaged, is another model's, or is asked for and not there.
+    """
+    wanted = str(requested).lower() if requested is not None else None
+    if wanted == "false":
+        return None
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    folder = requested if wanted not in (None, "true") else last
+    if folder is None:
+        if wanted == "true":
+            raise ValueError(f"There is no checkpoint in {output_dir} to resume from. Leave --resume_from_checkpoint out.")
+        return None
+    if not Path(folder).is_dir():
+        raise ValueError(f"The checkpoint to resume from, {folder}, is not a folder.")
+    problem = find_damage(Path(folder))
+    if problem:
+        older = [str(path) for path in _checkpoints(output_dir) if path != Path(folder) and not find_damage(path)]
+        fix = f"resume from an older one, --resume_from_checkpoint {older[-1]}, or " if older else ""
+        raise ValueError(
+            f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}delete it; to start from zero, choose another "
+            "--output_dir or pass --resume_from_checkpoint false."
+        )
+    differences = _differences(json.loads((Path(folder) / "config.json").read_text()), config.to_dict())
+    if differences:
+        raise ValueError(
+            f"{folder} is a checkpoint of another model ({', '.join(differences)}). Choose another --output_dir, or the "
+            "same settings as that run, or pass --resume_from_checkpoint false to start from zero."
+        )
+    return str(folder)
+
+
+def find_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None. Files are opened but not read through."""
+    for name in ("config.json", "trainer_state.json"):
+        try:
+            json.loads((folder / name).read_text())
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except ValueError as error:
+            return f"{name} cannot be read ({error})"
+    # Under FSDP the weights and the optimiser's state are folders of shards instead.
+    sharded = any(path.is_dir() for path in folder.glob("pytorch_model_fsdp*"))
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights and not sharded:
+        return "model.safetensors is missing"
+    for path in weights:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} cannot be read ({error})"
+    archives = ["scheduler.pt"] + ([] if sharded else ["optimizer.pt"])
+    for name in archives + [path.name for path in folder.glob("rng_state*.pth")]:
+        if not (folder / name).is_file():
+            return f"{name} is missing (was it saved with --save_only_model?)"
+        if not zipfile.is_zipfile(folder / name):
+            return f"{name} is truncated"
+    return None
+
+
+def _checkpoints(output_dir: str) -> list[Path]:
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def _differences(saved: dict, wanted: dict) -> list[str]:
+    # Through JSON, so that a tuple equals the list it is saved as.
+    wanted = json.loads(json.dumps(wanted, default=str))
+    names = [name for name in wanted if name not in _NOT_COMPARED]
+    return [
+        f"{name}: {saved.get(name)!r} there, {wanted[name]!r} here" for name in names if saved.get(name) != wanted[name]
+    ]

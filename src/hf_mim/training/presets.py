@@ -1,0 +1,62 @@
+"""Sizes of networks and schedules by name. Flags and recipes override every number."""
+
+# Encoders. Grids: 8 x 8 patches in tiny, whose patch follows the image size; 14 x 14 (16 x 16 in huge) elsewhere.
+_ENCODERS = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
+}
+_IMAGE_AND_PATCH_SIZE = {"tiny": (64, None), "huge": (224, 14)}
+_TINY_GRID = 8
+
+# What a method changes besides the encoder, by preset; elsewhere its config's defaults hold.
+_METHOD_FIELDS = {
+    ("pilamim", "tiny"): {
+        "decoder_hidden_size": 96,
+        "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": 3,
+        # 0.996 would hardly move the target in a few hundred steps.
+        "ema_momentum": 0.98,
+    },
+}
+
+# MAE's schedule, and one of minutes for tiny.
+_TRAINING = {"num_train_epochs": 800, "warmup_epochs": 40, "per_device_train_batch_size": 64}
+_TINY_TRAINING = {
+    "num_train_epochs": 10,
+    "per_device_train_batch_size": 128,
+    "base_learning_rate": 1e-3,
+    "logging_steps": 10,
+    "save_strategy": "epoch",
+}
+
+PRESETS = tuple(_ENCODERS)
+
+
+def preset_config(model_type: str, preset: str, image_size: tuple[int, int] | None) -> dict:
+    """
+    The config fields of a preset.
+
+    Args:
+        model_type (`str`): The method.
+        preset (`str`): One of `PRESETS`.
+        image_size (`tuple[int, int]`, *optional*): (height, width); the preset's own if None.
+
+    Raises:
+        ValueError: If there is no such preset.
+    """
+    if preset not in _ENCODERS:
+        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
+    default_size, patch_size = _IMAGE_AND_PATCH_SIZE.get(preset, (224, 16))
+    image_size = image_size or (default_size, default_size)
+    if patch_size is None:
+        patch_size = [max(1, side // _TINY_GRID) for side in image_size]
+    sizes = {"image_size": list(image_size), "patch_size": patch_size}
+    return _ENCODERS[preset] | sizes | _METHOD_FIELDS.get((model_type, preset), {})
+
+
+def preset_training(preset: str) -> dict:
+    """The training arguments that a preset sets."""
+    return dict(_TINY_TRAINING if preset == "tiny" else _TRAINING)
