@@ -15,10 +15,11 @@ class Golden:
     """A golden case: its config, weights (`state`), inputs, expected tensors and numbers, gradient norms."""
 
     def __init__(self, name: str):
-        # Small files may be copied into the tests; where neither is there, say so.
-        folder = next((f for f in (Path(__file__).parent / "golden", SHARED / "golden") if f.is_dir()), None)
+        # Small cases may be copied into the tests; where a case is in neither place, say so.
+        folders = (Path(__file__).parent / "golden", SHARED / "golden")
+        folder = next((f for f in folders if (f / f"{name}.safetensors").is_file()), None)
         if folder is None:
-            pytest.skip(f"golden numbers not found in {SHARED / 'golden'}; set HF_MIM_SHARED")
+            pytest.skip(f"golden case {name} not found in {SHARED / 'golden'}; set HF_MIM_SHARED")
         report = json.loads((folder / f"{name}.json").read_text())
         tensors = safetensors.torch.load_file(folder / f"{name}.safetensors")
         self.config, self.numbers, self.grad_norms = report["config"], report["expected"], report["grad_norms"]

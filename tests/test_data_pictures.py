@@ -14,6 +14,8 @@ from PIL import Image
 
 from hf_mim.data.pictures import BrokenPictureError, read_picture
 
+pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # PIL, before it gives up on a broken TIFF
+
 
 def rgb(height=5, width=7, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.abc
+import importlib.util
 import sys
 
 # model_type: prefix of the class names. The classes are in `hf_mim.models.<model_type>`.
@@ -32,7 +33,7 @@ def method_module(model_type: str, kind: str):
 
 
 def method_class(model_type: str, suffix: str) -> type:
-    """The class of a method, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification" or "Backbone"."""
+    """A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification" or "Backbone"."""
     kind = "configuration" if suffix == "Config" else "modeling"
     return getattr(method_module(model_type, kind), METHODS[model_type] + suffix)
 
@@ -48,6 +49,9 @@ class _LazyClass(type):
 
     def __instancecheck__(cls, instance):
         return isinstance(instance, cls.resolve())
+
+    def __subclasscheck__(cls, subclass):
+        return issubclass(subclass, cls.resolve())
 
 
 def _lazy_class(model_type: str, suffix: str) -> type:

@@ -21,18 +21,19 @@ def load_splits(name: str, config_name: str | None, *, streaming: bool, cache_di
     import datasets
 
     path = Path(os.path.expanduser(name))
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if saved and streaming:
+        raise ValueError(f"{name} was written by save_to_disk: leave out --streaming, it is read as it is needed.")
     try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if saved:
             loaded = datasets.load_from_disk(str(path))
-            if streaming:
-                raise ValueError(f"{name} is a data set on disk: leave out --streaming, it is read as it is needed.")
         elif path.is_file():
             kind = path.suffix.removeprefix(".")
             loaded = datasets.load_dataset(kind, data_files=str(path), streaming=streaming, cache_dir=cache_dir)
         else:
             local = str(path) if path.is_dir() else name
             loaded = datasets.load_dataset(local, config_name, streaming=streaming, cache_dir=cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
             f"--dataset_name {name} could not be loaded: {error} Expected a data set of the Hub, a folder that "
             "save_to_disk wrote, or a folder or file of parquet, arrow or pictures. (A folder of pictures alone is "
@@ -124,6 +125,7 @@ def from_stream(
         _undecoded(split, column),
         column,
         num_channels,
+        dtype=_number_type(features[column]),
         source=source,
         label_names=label_names,
         skip_broken=skip_broken,
@@ -136,6 +138,17 @@ def _undecoded(split, column: str):
     if split.features is not None and isinstance(split.features[column], datasets.Image):
         return split.cast_column(column, datasets.Image(decode=False))  # read_picture decodes
     return split
+
+
+def _number_type(feature) -> np.dtype | None:
+    """The type of the numbers of an array column; None for pictures in files, whose values are bytes or paths."""
+    while getattr(feature, "feature", None) is not None:  # a list of lists of lists
+        feature = feature.feature
+    try:
+        dtype = np.dtype(getattr(feature, "dtype", None) or "object")
+    except TypeError:  # "string", "binary"
+        return None
+    return dtype if dtype.kind in "biuf" else None
 
 
 def _find_label_columns(features, wanted: list[str] | None, source: str) -> list[str]:
@@ -171,12 +184,11 @@ class _Column:
     """One column of a `datasets.Dataset` by row. Alone, it is read ten times as fast as with all the others."""
 
     def __init__(self, dataset, column: str):
-        import datasets
-
         self.column = column
         self.dataset = dataset.select_columns([column])
-        if not isinstance(self.dataset.features[column], datasets.Image):
-            self.dataset = self.dataset.with_format("numpy")
+        dtype = _number_type(dataset.features[column])
+        if dtype is not None:  # or else every integer would come as int64
+            self.dataset = self.dataset.with_format("numpy", dtype=dtype)
 
     def __len__(self) -> int:
         return len(self.dataset)

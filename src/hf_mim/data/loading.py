@@ -1,5 +1,6 @@
 """From flags to pictures: `load_pictures`, and what has to be checked or computed before training."""
 
+import contextlib
 import os
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .arguments import AUTO, TORCHVISION_PREFIX, DataArguments
 from .hub_sources import VALIDATION_SPLITS, from_datasets, from_stream, from_torchvision, load_splits
+from .pictures import BrokenPictureError
 from .sources import PictureDataset, PictureStream, check_folder, from_folder, from_idx, has_idx_files
 
 _DEFAULT_SCENES = {"train": 12000, "validation": 2000}
@@ -30,8 +32,8 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
 
     Args:
         args (`DataArguments`): the flags.
-        seed (`int`): of the scenes, and of a stream's order. Which pictures are held out or left out by the
-            `--max_..._samples` does not depend on it, so that runs of several seeds see the same.
+        seed (`int`): of a stream's order. Nothing else depends on it, neither which scenes are drawn nor which
+            pictures are held out or left out: runs of several seeds see the same.
 
     Returns:
         `PictureSplits`: `train` is a `PictureStream` with `--streaming`, else both are `PictureDataset`s.
@@ -40,7 +42,7 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
         ValueError: nothing there, or not what it should be; the message says what to do.
     """
     if args.dataset_name is None and args.train_dir is None:
-        train, validation = _load_scenes(args, seed)
+        train, validation = _load_scenes(args)
     elif args.dataset_name is None:
         train, validation = _load_folders(args)
     elif args.dataset_name.startswith(TORCHVISION_PREFIX):
@@ -64,7 +66,7 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
     return PictureSplits(train, _subset(validation, args.max_eval_samples))
 
 
-def _load_scenes(args: DataArguments, seed: int):
+def _load_scenes(args: DataArguments):
     from .scenes import scenes
 
     numbers = {
@@ -76,7 +78,6 @@ def _load_scenes(args: DataArguments, seed: int):
             split,
             number,
             image_size=args.image_height_width or _SCENE_SIZE,
-            seed=seed,
             num_proc=min(os.cpu_count() or 1, 8),
             cache_dir=args.data_cache_dir,
         )
@@ -110,9 +111,9 @@ def _load_folders(args: DataArguments):
         train, *validation = from_folder(roots, args.num_channels)
         return train, validation[0] if validation else None
     found = [from_idx(root, args.num_channels) for root in roots]
-    train = found[0].get("train") or found[0]["test"]
+    train = found[0]["train" if "train" in found[0] else "test"]
     if len(found) == 2:
-        return train, found[1].get("test") or found[1]["train"]
+        return train, found[1]["test" if "test" in found[1] else "train"]
     return train, found[0].get("test") if "train" in found[0] else None
 
 
@@ -168,8 +169,11 @@ def _fixed_order(length: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(0)).permutation(length)
 
 
-def check_pictures(pictures: PictureDataset | PictureStream) -> torch.Tensor:
+def check_pictures(pictures: PictureDataset | PictureStream, *, skip_broken: bool = False) -> torch.Tensor:
     """Reads the first picture, so that a wrong number of channels or an unreadable file shows before training.
+
+    Args:
+        skip_broken (`bool`): be content with the first picture that can be read.
 
     Returns:
         `torch.Tensor` of shape `(num_channels, height, width)`: that picture.
@@ -178,16 +182,28 @@ def check_pictures(pictures: PictureDataset | PictureStream) -> torch.Tensor:
         ValueError: there is none, or it is not as it should be.
     """
     if isinstance(pictures, PictureStream):
-        first = next(iter(pictures), None)
-        if first is None:
-            raise ValueError(f"{pictures.source} is empty: there is nothing to train on.")
-        return first
-    if len(pictures) == 0:
-        raise ValueError(f"{pictures.source} is empty: expected at least one picture.")
-    return pictures[0]
+        readable = iter(pictures)
+    else:
+        readable = _read(pictures, range(len(pictures)), skip_broken)
+    first = next(readable, None)
+    if first is None:
+        raise ValueError(f"{pictures.source} holds no picture that can be read.")
+    return first
 
 
-def compute_mean_std(pictures: PictureDataset | PictureStream, num: int = 1000) -> tuple[list[float], list[float]]:
+def without_broken(pictures: PictureDataset) -> PictureDataset:
+    """The pictures that can be read: each is, once. For evaluation, where no other may stand in for a broken one."""
+    readable = []
+    for index in range(len(pictures)):
+        with contextlib.suppress(BrokenPictureError):
+            pictures[index]
+            readable.append(index)
+    return pictures.select(np.array(readable, dtype=np.int64))
+
+
+def compute_mean_std(
+    pictures: PictureDataset | PictureStream, num: int = 1000, *, skip_broken: bool = False
+) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over `num` pictures, each counting as much as any other.
 
     Values are 0 to 1 for integers and as they are for floats. A channel that never changes gets the standard
@@ -195,17 +211,27 @@ def compute_mean_std(pictures: PictureDataset | PictureStream, num: int = 1000) 
     """
     if isinstance(pictures, PictureStream):
         pictures = pictures.take(num)
-    rows = _fixed_order(len(pictures))[:num]
-    first = second = 0.0
-    for row in np.sort(rows).tolist():
-        picture = pictures[row]
+    count, first, second = 0, 0.0, 0.0
+    for picture in _read(pictures, np.sort(_fixed_order(len(pictures))[:num]), skip_broken):
         picture = picture.to(torch.float64) / (255 if picture.dtype == torch.uint8 else 1)
+        count += 1
         first = first + picture.mean(dim=(1, 2))
         second = second + picture.square().mean(dim=(1, 2))
-    mean = first / len(rows)
-    std = (second / len(rows) - mean.square()).clamp(min=0).sqrt()
+    if count == 0:
+        raise ValueError(f"{pictures.source} holds no picture to compute --image_mean and --image_std from.")
+    mean = first / count
+    std = (second / count - mean.square()).clamp(min=0).sqrt()
     std = torch.where(std > 1e-6 * mean.abs().clamp(min=1e-6), std, 1.0)
     return mean.tolist(), std.tolist()
+
+
+def _read(pictures: PictureDataset, indices, skip_broken: bool):
+    for index in indices:
+        try:
+            yield pictures[index]
+        except BrokenPictureError:
+            if not skip_broken:
+                raise
 
 
 def resolve_mean_std(args: DataArguments, pictures: PictureDataset | PictureStream) -> tuple[list[float], list[float]]:
@@ -214,7 +240,7 @@ def resolve_mean_std(args: DataArguments, pictures: PictureDataset | PictureStre
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     computed = (None, None)
     if args.image_mean in (None, AUTO) or args.image_std in (None, AUTO):
-        computed = compute_mean_std(pictures)
+        computed = compute_mean_std(pictures, skip_broken=args.skip_broken_images)
     mean = computed[0] if args.image_mean in (None, AUTO) else args.image_mean
     std = computed[1] if args.image_std in (None, AUTO) else args.image_std
     return mean, std

@@ -211,8 +211,8 @@ def _from_array(array: np.ndarray, num_channels: int, name: str, channels_first:
     else:
         axis = _channel_axis(array.shape, num_channels, channels_first)
         if axis is None:
-            found = f"an array of shape {array.shape}"
-            raise _channel_error(name, found, num_channels, array.shape[0 if channels_first else -1])
+            found = min(array.shape[0], array.shape[2])  # most likely: pictures are larger than they have channels
+            raise _channel_error(name, f"{found} (shape {array.shape})", num_channels, found)
         array = np.moveaxis(array, axis, 0)
     picture = torch.from_numpy(array)
     if picture.shape[0] == num_channels:

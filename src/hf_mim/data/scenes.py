@@ -62,8 +62,7 @@ FIELD = (3.1, 3.7)
 # CLEVR's margin between solids on the ground, in scene units.
 MARGIN = 0.25
 DEPTH_GAP = 0.1
-# The disc around a solid's projected centre that its silhouette stays in, as seen by the camera of any scene, in units
-# of the solid's radius.
+# The disc around a solid's projected centre that its silhouette just fits in, in units of the solid's radius.
 SILHOUETTE = (1.0, 1.17, 1.4)
 
 
@@ -136,7 +135,7 @@ def sample_scene(index: int, *, split: str = "train", seed: int = 0) -> Scene:
     of a square picture, and no solid hides the centre of another.
 
     Args:
-        index: 0 or more; there is no end.
+        index: 0 to 2**63 - 1.
         split: "train", "validation" or "test": three unrelated series.
         seed: 0 to 2**63 - 1; another seed, another data set.
 
@@ -217,7 +216,7 @@ def _place(rng, camera, axes, shape, radius, half_size, tries=96):
         rise = half_size[k]
         depth = forward + rise * up[2]
         u, v, extent = (right + rise * up[0]) / depth, (down + rise * up[1]) / depth, reach[k] / depth
-        if max(abs(u), abs(v)) + extent > 0.49 / FOCAL:
+        if max(abs(u), abs(v)) + extent > 0.47 / FOCAL:
             continue
         for other_x, other_y, other_radius, other_u, other_v, other_extent, other_depth in placed:
             if math.hypot(x - other_x, y - other_y) < radius[k] + other_radius + MARGIN:
@@ -242,7 +241,7 @@ def render_scene(
     side shows, and more of the surroundings along its longer side.
 
     Args:
-        index: 0 or more; there is no end.
+        index: 0 to 2**63 - 1.
         split: "train", "validation" or "test": three unrelated series.
         seed: 0 to 2**63 - 1; another seed, another data set.
         image_size: side of a square picture, or (height, width); each at least 16 pixels.
@@ -389,7 +388,7 @@ def _light_ground(scene, height, width, focal):
     y = (camera[1] + depth * (axes[2, 1] + v * axes[1, 1])) + (depth * axes[0, 1]) * u
     # A pool of light around the middle, a little towards the lamp.
     aside, beyond = x - np.float32(scene.light[0]), y - np.float32(scene.light[1])
-    pool = 1 / (1 + (aside * aside + beyond * beyond) * 1 / 90)
+    pool = 1 / (1 + (aside * aside + beyond * beyond) / 90)
     lamp = np.float32(0.4 * scene.backdrop) * pool
     sky = np.float32(0.085 * scene.backdrop) * pool + np.float32(0.065 * scene.backdrop)
     _cast_shadows(scene, x, y, lamp, sky)
@@ -557,7 +556,7 @@ def _shade(scene, solid, normal, point, lamp_color, sky_color):
     ahead = _dot(apart, light)
     ball = np.sqrt(np.maximum(square - ahead * ahead, 0)) - bulk
     free = np.where(other & (ahead > 0), _soft_edge(ball, np.maximum(ahead, 0)), 1).min(axis=1)
-    lit = np.maximum(_dot(normal, light) + 0.12, 0) * 1 / 1.12 * free
+    lit = np.maximum(_dot(normal, light) + 0.12, 0) / 1.12 * free
     upward = 0.5 + 0.5 * normal[2]
     rise = np.maximum(point[2], 0) / size[solid]
     ambient = 0.2 + 0.22 * upward
@@ -592,7 +591,7 @@ def _shade(scene, solid, normal, point, lamp_color, sky_color):
     window *= 1 - veil
     met_color = 0.15 + _ALBEDO.take(scene.color[met], axis=1)
 
-    share = np.where(metal, 0.2, 1)
+    share = np.where(metal, np.float32(0.2), np.float32(1))
     own = 0.95 * share * lit + np.where(metal, 1.3 * window, 0)
     dim = share * ambient + np.where(metal, 1.25 * shown, 0)
     gloss = np.where(
@@ -717,13 +716,13 @@ def _lay_out(boxes):
 
 
 def _check_image_size(image_size: int | tuple[int, int]) -> tuple[int, int]:
-    height, width = (image_size, image_size) if np.ndim(image_size) == 0 else image_size
-    if min(height, width) < MIN_IMAGE_SIZE:
+    sides = (image_size, image_size) if np.ndim(image_size) == 0 else tuple(image_size)
+    if len(sides) != 2 or min(sides) < MIN_IMAGE_SIZE:
         raise ValueError(
             f"image_size is {image_size}, but a scene needs {MIN_IMAGE_SIZE} pixels or more to a side: "
             f"pass {MIN_IMAGE_SIZE} or more, or a (height, width) of such."
         )
-    return int(height), int(width)
+    return int(sides[0]), int(sides[1])
 
 
 def _check_series(split: str, seed: int) -> None:

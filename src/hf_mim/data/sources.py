@@ -81,15 +81,17 @@ class PictureStream:
         column (`str`): where a row has its picture.
         num_channels (`int`): of every picture.
         source (`str`): where the pictures are from, to name those that have no path.
+        dtype (`np.dtype`, *optional*): of the numbers, where rows hold arrays (as lists) and not files.
         label_names: label name (a column of integers) to the names of its classes.
         skip_broken (`bool`): leave out what cannot be read, and count it in `num_broken`.
     """
 
-    def __init__(self, stream, column, num_channels, *, source, label_names=None, skip_broken=False):
+    def __init__(self, stream, column, num_channels, *, source, dtype=None, label_names=None, skip_broken=False):
         self.stream = stream
         self.column = column
         self.num_channels = num_channels
         self.source = source
+        self.dtype = dtype
         self.label_names = label_names or {}
         self.skip_broken = skip_broken
         self._epoch = 0
@@ -119,7 +121,7 @@ class PictureStream:
         worker = get_worker_info()
         for row, example in enumerate(self.stream):
             try:
-                picture = read_picture(example[self.column], self.num_channels, name=self._name(row, example))
+                picture = read_picture(self._value(example), self.num_channels, name=self._name(row, example))
             except BrokenPictureError:
                 if not self.skip_broken:
                     raise
@@ -132,10 +134,14 @@ class PictureStream:
         """The first `num` pictures, as they are stored, and their labels, held in memory."""
         examples = list(self.stream.take(num))
         labels = {key: [example[key] for example in examples] for key in self.label_names}
-        values = [example[self.column] for example in examples]
+        values = [self._value(example) for example in examples]
         return PictureDataset(
             values, self.num_channels, source=self.source, labels=labels, label_names=self.label_names
         )
+
+    def _value(self, example: dict):
+        value = example[self.column]
+        return value if self.dtype is None else np.asarray(value, dtype=self.dtype)
 
     def _name(self, row: int, example: dict) -> str:
         value = example[self.column]

@@ -1,6 +1,7 @@
 """Reading the checkpoints that the methods' authors released."""
 
 import argparse
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,7 +29,8 @@ def from_original(checkpoint, model_type: str, *, config=None, teacher=None):
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the method is unknown, or the weights are not those of its release.
+        ValueError: If the method is unknown, the file is damaged or holds more than weights, or the weights are not
+            those of the method's release or do not fit `config`.
     """
     converter = method_module(model_type, "convert")
     state = read_checkpoint(checkpoint)
@@ -43,7 +45,10 @@ def from_original(checkpoint, model_type: str, *, config=None, teacher=None):
             f"It has, for example: {', '.join(list(state)[:5])}."
         ) from error
     model = method_class(model_type, "ForPreTraining")(config)
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(f"The weights of the {model_type} release do not fit the config. {error}") from error
     return model.eval()
 
 
@@ -59,7 +64,13 @@ def read_checkpoint(checkpoint) -> dict[str, torch.Tensor]:
 def _read_file(path: Path) -> Mapping:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}. Give the path of a .pth, .pt or .safetensors file.")
-    if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than weights, which could run code: not read.") from error
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"{path} holds a {type(contents).__name__}; expected a dictionary of weights.")
+    return contents

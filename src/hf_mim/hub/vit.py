@@ -43,15 +43,18 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         by a pooler that is the identity; with mean pooling it has no pooler (load it with `add_pooling_layer=False`).
 
     Raises:
-        ValueError: If a classifier pools by the mean, which `ViTForImageClassification` cannot.
+        ValueError: If a classifier pools by the mean, which `ViTForImageClassification` cannot, or the model is not
+            one of hf_mim's.
     """
+    if model.config.model_type not in METHODS and not isinstance(model, MaskedViTModel):
+        raise ValueError(f"to_vit exports models of {', '.join(METHODS)}; this one is {type(model).__name__}.")
     config = model.config
     classifier = isinstance(model, MaskedViTForImageClassification)
     if classifier and config.pooling != "cls":
         raise ValueError(
             f"The classifier pools by the {config.pooling} of the patch tokens; ViTForImageClassification reads [CLS] "
-            "only, so the export would give other logits. Export its encoder, to_vit(model.encoder), or fine-tune with "
-            'pooling="cls".'
+            "only, so the export would give other logits. Export its encoder, to_vit(model.encoder), or fine-tune "
+            'with pooling="cls".'
         )
     encoder = model if isinstance(model, MaskedViTModel) else model.encoder
     vit_config = ViTConfig(**{name: getattr(config, name) for name in _SHARED_FIELDS}, pooler_act="linear")
@@ -77,7 +80,7 @@ def encoder_from_vit(model: PreTrainedModel) -> MaskedViTModel:
     The encoder of a stock `ViTModel` or `ViTMAEModel` as ours; its positions stay fixed if they are MAE's table.
 
     Args:
-        model: What `AutoModel.from_pretrained` gives for a ViT or ViTMAE checkpoint.
+        model: What `AutoModel.from_pretrained` gives for a ViT or ViTMAE checkpoint, or a model with a head on that.
 
     Returns:
         `MaskedViTModel` with the same outputs for the whole image, in eval mode.
@@ -90,7 +93,8 @@ def encoder_from_vit(model: PreTrainedModel) -> MaskedViTModel:
             f"Pretraining continues from checkpoints of {', '.join(METHODS)}, vit and vit_mae; this one is "
             f"{model.config.model_type}."
         )
-    weights = {name: value for name, value in model.state_dict().items() if not name.startswith("pooler.")}
+    left_out = ("pooler.", "embeddings.mask_token")
+    weights = {name: value for name, value in model.base_model.state_dict().items() if not name.startswith(left_out)}
     fields = {name: getattr(model.config, name) for name in _SHARED_FIELDS}
     config = MaskedViTConfig(**fields)
     positions = weights["embeddings.position_embeddings"]

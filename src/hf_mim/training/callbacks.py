@@ -1,7 +1,9 @@
 """What happens beside the optimisation: stopping without loss, and reconstructions among the logs."""
 
+import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,9 @@ from transformers.utils import logging
 from ..evaluation.pictures import draw_reconstructions
 
 logger = logging.get_logger(__name__)
+
+# A launcher sends a signal on to processes that had it from the terminal already.
+_SAME_REQUEST_SECONDS = 2.0
 
 
 class SaveOnInterrupt(TrainerCallback):
@@ -25,6 +30,8 @@ class SaveOnInterrupt(TrainerCallback):
         self.trainer = trainer
         self.requested = False
         self.stopped = False
+        self._process = os.getpid()
+        self._first_request = 0.0
         self._previous = {}
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -43,9 +50,15 @@ class SaveOnInterrupt(TrainerCallback):
         self._previous = {}
 
     def _request(self, number, frame):
+        # A data loader's workers inherit the handler; they end with the main process.
+        if os.getpid() != self._process:
+            return
         if self.requested:
-            raise KeyboardInterrupt
+            if time.monotonic() - self._first_request > _SAME_REQUEST_SECONDS:
+                raise KeyboardInterrupt
+            return
         self.requested = True
+        self._first_request = time.monotonic()
         print("\nInterrupted: finishing the step and saving. Once more to stop at once.", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):

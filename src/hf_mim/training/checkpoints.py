@@ -37,7 +37,7 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
         raise ValueError(f"The checkpoint to resume from, {folder}, is not a folder.")
     problem = find_damage(Path(folder))
     if problem:
-        older = [str(path) for path in _checkpoints(output_dir) if path != Path(folder) and not find_damage(path)]
+        older = [str(path) for path in checkpoints_in(output_dir) if path != Path(folder) and not find_damage(path)]
         fix = f"resume from an older one, --resume_from_checkpoint {older[-1]}, or " if older else ""
         raise ValueError(
             f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}delete it; to start from zero, choose another "
@@ -81,7 +81,8 @@ def find_damage(folder: Path) -> str | None:
     return None
 
 
-def _checkpoints(output_dir: str) -> list[Path]:
+def checkpoints_in(output_dir: str) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
 

@@ -18,6 +18,7 @@ from ..data.transforms import PretrainingTransform, sample_generator
 from ..evaluation.features import extract_features, transformed_pictures
 from ..evaluation.knn import knn_accuracy, rank_me
 from ..evaluation.pictures import draw_loss_curves
+from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, method_class
 from .arguments import MIMTrainingArguments
@@ -96,11 +97,14 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     if interrupt.stopped:
         say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
         return 130
-    trainer.save_model()
+    # "Internal": without pushing, which waits for the card.
+    trainer.save_model(_internal_call=True)
     trainer.save_state()
     if trainer.is_world_process_zero():
-        write_results(trainer, pictures, processor, reconstructions.last_path)
+        write_results(trainer, data_args, pictures, processor, reconstructions.last_path)
     PartialState().wait_for_everyone()
+    if training_args.push_to_hub:
+        trainer.push_to_hub()
     return 0
 
 
@@ -141,8 +145,8 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
     return train, held_out
 
 
-def write_results(trainer, pictures: PictureSplits, processor, reconstructions: Path | None) -> None:
-    """Writes the loss curves and `features.json`, and says what the features are worth and where the pictures lie."""
+def write_results(trainer, data_args, pictures: PictureSplits, processor, reconstructions: Path | None) -> None:
+    """Writes loss curves, `features.json` and the model card, and says what the features are worth and where all is."""
     folder = Path(trainer.args.output_dir)
     drawn = [reconstructions] if reconstructions is not None else []
     if draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png"):
@@ -152,6 +156,7 @@ def write_results(trainer, pictures: PictureSplits, processor, reconstructions: 
     if results is not None:
         (folder / "features.json").write_text(json.dumps(results, indent=2) + "\n")
         say("\n" + format_results(results))
+    write_card(folder, config, describe_training(trainer, data_args, pictures), results)
     say(f"\nThe model is in {folder}: AutoModel.from_pretrained({str(folder)!r}) after `import hf_mim`.")
     if drawn:
         say("Pictures: " + ", ".join(str(path) for path in drawn))
@@ -187,7 +192,8 @@ def evaluate_features(folder, config, pictures: PictureSplits, processor, args) 
     for name, network in networks.items():
         with quiet_autocast(args):
             train, test = (extract_features(network, split) for split in batches)
-        results["rank_me"][name] = rank_me(test)
+        if network is not None:
+            results["rank_me"][name] = rank_me(test)
         results["knn"][name] = {
             label: knn_accuracy(
                 train,
@@ -212,7 +218,7 @@ def format_results(results: dict) -> str:
     labels = list(next(iter(results["knn"].values())))
     head = [f"k-NN accuracy, % ({results['num_train']} / {results['num_test']} pictures)", *labels, "RankMe"]
     rows = [
-        [name, *(f"{scores[label]:.1f}" for label in labels), f"{results['rank_me'][name]:.1f}"]
+        [name, *(f"{scores[label]:.1f}" for label in labels), format(results["rank_me"].get(name, "-"), ".5")]
         for name, scores in results["knn"].items()
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
@@ -232,6 +238,18 @@ def describe_data(pictures: PictureSplits) -> str:
     if hasattr(pictures.train, "select"):
         return f"{len(pictures.train)} training and {len(pictures.validation)} held-out pictures"
     return f"a stream of training pictures, {len(pictures.validation)} held out"
+
+
+def describe_training(trainer, data_args, pictures: PictureSplits) -> dict[str, str]:
+    """The settings that the model card tells."""
+    args = trainer.args
+    return {
+        "data": f"{data_args.dataset_name or data_args.train_dir or 'scenes (embedded)'}, {describe_data(pictures)}",
+        "steps": f"{trainer.state.global_step}, of {args.effective_batch_size} pictures",
+        "peak learning rate": f"{args.learning_rate:.3g}, cosine; weight decay {args.weight_decay:g}",
+        "smallest crop": f"{data_args.crop_scale_min:g} of the area",
+        "seed": str(args.seed),
+    }
 
 
 def say(text: str) -> None:

@@ -4,15 +4,24 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import prepare_data_loader
+from safetensors import SafetensorError
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
-from ..data.pretraining import EpochSampler, pretraining_collator
+from ..data.pretraining import EpochSampler, StreamingPretrainingDataset, pretraining_collator
+from .checkpoints import checkpoints_in
+
+logger = logging.get_logger(__name__)
+
+_NEVER = torch.iinfo(torch.int64).max
 
 
 class NonFiniteLossError(RuntimeError):
-    """A loss became infinite or NaN."""
+    """A loss, or a weight, became infinite or NaN."""
 
 
 class MIMTrainer(Trainer):
@@ -30,7 +39,7 @@ class MIMTrainer(Trainer):
 
     Raises:
         ValueError: If the training data set has fewer pictures than one step needs, or under FSDP version 1.
-        NonFiniteLossError: In training, when a loss is not finite; checked when logging and before saving.
+        NonFiniteLossError: In training, when a loss is not finite; checked when logging, before saving and at the end.
     """
 
     def __init__(self, *args, **kwargs):
@@ -39,7 +48,7 @@ class MIMTrainer(Trainer):
         # The models return a loss without labels; the Trainer only looks for an argument `return_loss`.
         self.can_return_loss = True
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
-        self.first_bad_step = torch.tensor(-1, device=self.args.device)
+        self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
         self.add_callback(_ModelHooks(self))
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
             raise ValueError(
@@ -48,6 +57,35 @@ class MIMTrainer(Trainer):
             )
 
     # Data
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs) -> DataLoader:
+        if is_training and isinstance(dataset, StreamingPretrainingDataset) and self.args.world_size > 1:
+            # Each process reads its own share; accelerate would read the first one's alone and deal it out.
+            loader = DataLoader(
+                dataset,
+                batch_size=batch_size,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.dataloader_pin_memory,
+                persistent_workers=self.args.dataloader_persistent_workers,
+                prefetch_factor=self.args.dataloader_prefetch_factor,
+            )
+            device = self.accelerator.device
+            loader = prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
+        else:
+            drop_last = self.args.dataloader_drop_last
+            # Of held-out pictures none is left out.
+            self.args.dataloader_drop_last = drop_last and is_training
+            try:
+                loader = super()._get_dataloader(
+                    dataset, description, batch_size, *args, is_training=is_training, **kwargs
+                )
+            finally:
+                self.args.dataloader_drop_last = drop_last
+        # An iterator draws the seed of its workers, which none of them uses. Drawn from the global generator it would
+        # move stochastic depth's, and not in the same way after resuming.
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -65,6 +103,29 @@ class MIMTrainer(Trainer):
         return EpochSampler(len(eval_dataset), shuffle=False)
 
     # Optimisation
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        if not resume_from_checkpoint:
+            self._set_checkpoints_aside()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _set_checkpoints_aside(self) -> None:
+        # The next run would go on from the old run's, where they are further than the new run's.
+        old = checkpoints_in(self.args.output_dir)
+        if self.is_world_process_zero():
+            for folder in old:
+                target = folder.with_name(f"old-{folder.name}")
+                shutil.rmtree(target, ignore_errors=True)
+                folder.rename(target)
+                logger.warning(f"Training starts from zero: {folder}, of an earlier run, is renamed {target.name}.")
+        self.accelerator.wait_for_everyone()
+
+    def _run_epoch(self, *args, **kwargs):
+        # The stock loop looks only after a step whether it was the last, so that a finished run would get one more.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices: the weights of linear maps and of the patch projection. Not biases, norms, tokens, positions."""
@@ -90,12 +151,15 @@ class MIMTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        meter = self.train_losses if model.training else self.eval_losses
-        meter.add({name: value.detach() for name, value in outputs.items() if name.startswith("loss_")})
+        losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         if model.training:
+            # As the loss itself: a step counts as its mean over micro-batches, though an epoch's last has fewer.
+            self.train_losses.add(losses, weight=1 / self.current_gradient_accumulation_steps)
             # Stays on the device: reading it at every step would make the host wait for it.
-            first_time = ~torch.isfinite(loss.detach()) & (self.first_bad_step < 0)
-            self.first_bad_step = torch.where(first_time, self.state.global_step + 1, self.first_bad_step)
+            step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.state.global_step + 1)
+            self.first_bad_step = torch.minimum(self.first_bad_step, step)
+        else:
+            self.eval_losses.add(losses, weight=len(inputs[self.model.main_input_name]))
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -110,40 +174,63 @@ class MIMTrainer(Trainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        # "train_loss" is logged once, at the end.
+        if "loss" in logs or "train_loss" in logs:
             self.check_losses()
+        if "loss" in logs:
             logs.update(self.train_losses.average(self.accelerator))
         super().log(logs, start_time)
 
     def check_losses(self) -> None:
         """Raises NonFiniteLossError if a loss of any process was not finite since the start."""
-        step = int(self.accelerator.gather(self.first_bad_step.reshape(1)).max())
-        if step < 0:
-            return
-        checkpoint = get_last_checkpoint(self.args.output_dir)
+        step = int(self.accelerator.gather(self.first_bad_step.reshape(1)).min())
+        if step < _NEVER:
+            self._stop_for(f"The loss of step {step} is not finite")
+
+    def check_weights(self) -> None:
+        """Raises NonFiniteLossError if a weight is not finite, which the loss would show one step later."""
+        names, weights = zip(*self.model.named_parameters(), strict=True)
+        # Of a sharded weight each process looks at its own part.
+        local = [getattr(weight, "_local_tensor", weight).detach() for weight in weights]
+        finite = torch.stack([weight.isfinite().all() for weight in local])
+        bad = self.accelerator.gather((~finite)[None]).any(dim=0).nonzero().flatten().tolist()
+        if bad:
+            self._stop_for(f"The weights after step {self.state.global_step} are not finite ({names[bad[0]]})")
+
+    def _stop_for(self, reason: str) -> None:
+        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
         raise NonFiniteLossError(
-            f"The loss of step {step} is not finite, so nothing was saved since. {kept} Lower the learning rate "
-            f"(it was at most {self.args.learning_rate:.2e}), lengthen the warm-up, clip gradients (--max_grad_norm 1), "
-            "or train in float32 (--bf16 false)."
+            f"{reason}, so nothing was saved since. {kept} Lower the learning rate (it was at most "
+            f"{self.args.learning_rate:.2e}), lengthen the warm-up, clip gradients (--max_grad_norm 1), or train in "
+            "float32 (--bf16 false)."
         )
 
     # Saving
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         self.check_losses()
+        self.check_weights()
         super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Keeps the card that `pretraining.write_results` wrote, which the stock one would replace when pushing."""
+        if not (Path(self.args.output_dir) / "README.md").is_file():
+            super().create_model_card(*args, **kwargs)
 
     def _save_checkpoint(self, model, trial):
         try:
             super()._save_checkpoint(model, trial)
         except NonFiniteLossError:
             raise
-        except Exception as error:
+        except BaseException as error:
             # Half a checkpoint would be taken for the last one when resuming.
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
+            # torch's writer says RuntimeError when it cannot write.
+            if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+                raise
             checkpoint = get_last_checkpoint(self.args.output_dir)
             kept = f"Training resumes from {checkpoint}" if checkpoint else "No earlier checkpoint is there"
             raise OSError(
@@ -156,21 +243,24 @@ class LossMeter:
     """Running means of named scalars, kept on the device until they are read."""
 
     def __init__(self):
-        self.sums: dict[str, torch.Tensor] = {}
-        self.count = 0
+        self.reset()
 
-    def add(self, losses: dict[str, torch.Tensor]) -> None:
+    def reset(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.weight = 0.0
+
+    def add(self, losses: dict[str, torch.Tensor], weight: float = 1.0) -> None:
         for name, value in losses.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            self.sums[name] = self.sums.get(name, 0.0) + weight * value
+        self.weight += weight
 
     def average(self, accelerator) -> dict[str, float]:
-        """The means since the last call, over all processes."""
+        """The weighted means since the last call, over all processes."""
         if not self.sums:
             return {}
-        means = accelerator.reduce(torch.stack(list(self.sums.values())) / self.count, reduction="mean").tolist()
+        means = accelerator.reduce(torch.stack(list(self.sums.values())) / self.weight, reduction="mean").tolist()
         averages = dict(zip(self.sums, means, strict=True))
-        self.sums, self.count = {}, 0
+        self.reset()
         return averages
 
 
@@ -179,6 +269,10 @@ class _ModelHooks(TrainerCallback):
 
     def __init__(self, trainer: MIMTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.train_losses.reset()
+        self.trainer.first_bad_step.fill_(_NEVER)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate's set_epoch does not reach the sampler through both the shards of several processes and the

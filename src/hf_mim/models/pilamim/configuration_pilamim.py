@@ -25,7 +25,8 @@ class PiLaMIMConfig(MaskedAutoencoderConfig):
     ```python
     >>> from hf_mim import PiLaMIMConfig, PiLaMIMForPreTraining
 
-    >>> model = PiLaMIMForPreTraining(PiLaMIMConfig(image_size=32, patch_size=4, hidden_size=192, num_attention_heads=3))
+    >>> config = PiLaMIMConfig(image_size=32, patch_size=4, hidden_size=192, num_attention_heads=3)
+    >>> model = PiLaMIMForPreTraining(config)
     ```"""
 
     model_type = "pilamim"
@@ -34,8 +35,8 @@ class PiLaMIMConfig(MaskedAutoencoderConfig):
     decoder_num_hidden_layers: int = 6
     decoder_num_attention_heads: int = 12
     use_cls_loss: bool = True
-    ema_momentum: float = 0.996
-    ema_momentum_end: float = 1.0
+    ema_momentum: float | int = 0.996
+    ema_momentum_end: float | int = 1.0
 
     def check_sizes(self) -> None:
         super().check_sizes()

@@ -85,17 +85,18 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
 
     @torch.no_grad()
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
-        """`target = m * target + (1 - m) * encoder`, `m` linear in `step` from `ema_momentum` to `ema_momentum_end`."""
+        """`target = m * target + (1 - m) * encoder`, `m` linear from `ema_momentum` towards `ema_momentum_end`."""
         start, end = self.config.ema_momentum, self.config.ema_momentum_end
         momentum = start + (end - start) * step / num_steps
         targets, sources = list(self.target_encoder.parameters()), list(self.encoder.parameters())
         torch._foreach_lerp_(targets, sources, 1.0 - momentum)
 
     def fill_missing(self, missing: set[str]) -> set[str]:
-        target = {name for name in missing if name.startswith("target_encoder.")}
-        if target:
-            logger.warning("The checkpoint has no target encoder: it starts as a copy of the encoder.")
-            self.copy_encoder_to_target()
+        target = {f"target_encoder.{name}" for name in self.target_encoder.state_dict()}
+        if not target <= missing:
+            return missing
+        logger.warning("The checkpoint has no target encoder: it starts as a copy of the encoder.")
+        self.copy_encoder_to_target()
         return missing - target
 
     @can_return_tuple
@@ -112,9 +113,9 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
             ValueError: If the shapes are not those of the config.
         """
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
-        context = self.encoder(pixel_values, ids_keep=ids_keep, **kwargs)
+        context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
         with torch.no_grad():
-            target = self.target_encoder(pixel_values).last_hidden_state.float()
+            target = self.target_encoder(pixel_values, return_dict=True).last_hidden_state.float()
         pixels = self.pixel_decoder(context.last_hidden_state, ids_restore)[:, 1:].float()
         latents = self.latent_decoder(context.last_hidden_state, ids_restore).float()
 

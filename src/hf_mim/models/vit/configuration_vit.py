@@ -80,6 +80,10 @@ class MaskedViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def check_sizes(self) -> None:
         """Raises ValueError where sizes do not fit. Models call it again: fields can be set after construction."""
+        for name in ("image_size", "patch_size"):
+            size = getattr(self, name)
+            if not isinstance(size, int) and len(size) != 2:
+                raise ValueError(f"{name} is {size}; expected one number, or two: (height, width).")
         image_size, patch_size = as_pair(self.image_size), as_pair(self.patch_size)
         for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_channels"):
             if getattr(self, name) < 1:
@@ -124,7 +128,7 @@ class MaskedAutoencoderConfig(MaskedViTConfig):
         ValueError: If sizes do not fit each other, or the ratio leaves nothing to see or nothing to predict.
     """
 
-    mask_ratio: float = 0.75
+    mask_ratio: float | int = 0.75
     decoder_hidden_size: int = 512
     decoder_num_hidden_layers: int = 8
     decoder_num_attention_heads: int = 16
@@ -143,7 +147,7 @@ class MaskedAutoencoderConfig(MaskedViTConfig):
 
     def check_sizes(self) -> None:
         super().check_sizes()
-        check_mask_ratio(self.mask_ratio, self.num_patches, self.num_keep)
+        check_mask_ratio(self)
         check_heads(
             "decoder_hidden_size",
             self.decoder_hidden_size,
@@ -165,13 +169,14 @@ def check_heads(size_name: str, size: int, heads_name: str, heads: int) -> None:
         )
 
 
-def check_mask_ratio(mask_ratio: float, num_patches: int, num_keep: int) -> None:
-    """Raises ValueError if the ratio is outside (0, 1) or leaves nothing to see or nothing to predict."""
-    if not 0.0 < mask_ratio < 1.0:
-        raise ValueError(f"mask_ratio is {mask_ratio}; expected a number in (0, 1), for example 0.75.")
+def check_mask_ratio(config) -> None:
+    """Raises ValueError if `mask_ratio` is outside (0, 1) or leaves nothing to see or nothing to predict."""
+    if not 0.0 < config.mask_ratio < 1.0:
+        raise ValueError(f"mask_ratio is {config.mask_ratio}; expected a number in (0, 1), for example 0.75.")
+    num_keep, num_patches = config.num_keep, config.num_patches
     if num_keep < 1 or num_keep >= num_patches:
         left = "nothing for the encoder to see" if num_keep < 1 else "nothing to predict"
         raise ValueError(
-            f"mask_ratio {mask_ratio} keeps {num_keep} of {num_patches} patches, which leaves {left}. Choose a ratio "
-            "nearer to 0.5, a larger image_size or a smaller patch_size."
+            f"mask_ratio {config.mask_ratio} keeps {num_keep} of {num_patches} patches, which leaves {left}. Choose a "
+            "ratio nearer to 0.5, a larger image_size or a smaller patch_size."
         )

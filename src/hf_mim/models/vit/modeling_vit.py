@@ -319,8 +319,15 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
         """`random_masking` of a batch by `noise`, which is drawn where it is None.
 
         Raises:
-            ValueError: If `noise` is not of shape (batch_size, num_patches).
+            ValueError: If the pictures are not of `config.image_size`, or `noise` not of shape (batch_size,
+                num_patches).
         """
+        size = as_pair(self.config.image_size)
+        if tuple(pixel_values.shape[2:]) != size:
+            raise ValueError(
+                f"pixel_values has the shape {tuple(pixel_values.shape)}; pretraining takes pictures of {size[0]} x "
+                f"{size[1]} pixels (height x width). Resize them, or build the model with another image_size."
+            )
         shape = (pixel_values.shape[0], self.config.num_patches)
         if noise is None:
             noise = torch.rand(shape, device=pixel_values.device)
@@ -408,7 +415,9 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
             `ImageClassifierOutput`: `loss` (if `labels`), `logits` (batch_size, num_labels), and `hidden_states`,
             `attentions` when asked for.
         """
-        outputs = self.encoder(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs = self.encoder(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         logits = self.classifier(outputs.pooler_output)
         loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
         return ImageClassifierOutput(
@@ -443,7 +452,9 @@ class MaskedViTBackbone(BackboneMixin, MaskedViTPreTrainedModel):
             (batch_size, hidden_size, rows, columns): the patch tokens after the final LayerNorm.
         """
         kwargs["output_hidden_states"] = True
-        outputs = self.encoder(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+        outputs = self.encoder(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
         patch_height, patch_width = as_pair(self.config.patch_size)
         grid = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
         feature_maps = tuple(

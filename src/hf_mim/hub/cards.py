@@ -1,0 +1,99 @@
+"""The model card that goes with every trained model: what it is, how to use it, how it was made, how good it is."""
+
+from pathlib import Path
+
+from ..models.vit.configuration_vit import as_pair
+from ..registry import METHODS
+
+_PAPERS = {
+    "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image "
+    "Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
+}
+
+_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags:
+- hf_mim
+- masked-image-modeling
+- {model_type}
+---
+
+# {method}, {width} wide, {depth} blocks, {height} x {width_pixels} pixels
+
+A Vision Transformer pretrained without labels by {method} with hf_mim.
+Paper: {paper}.
+
+## Use
+
+```python
+import hf_mim  # registers the model with the Auto classes
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+features = model(**processor(image, return_tensors="pt")).pooler_output  # (1, {width})
+```
+
+The folder holds the whole pretraining model: `AutoModelForPreTraining` goes on from it, and
+`AutoModelForImageClassification` takes its encoder for fine-tuning. `hf_mim.to_vit(model)` gives a stock `ViTModel`.
+
+## Training
+
+{training}
+
+## How good the features are
+
+{results}
+"""
+
+
+def write_card(folder: str | Path, config, training: dict[str, str], results: dict | None) -> Path:
+    """
+    Writes `README.md`.
+
+    Args:
+        folder: Where the model was saved.
+        config: The model's.
+        training (`dict[str, str]`): Settings worth telling, by name.
+        results (`dict`, *optional*): As `evaluate_features` gives; None where features could not be evaluated.
+
+    Returns:
+        `Path`: the card.
+    """
+    height, width_pixels = as_pair(config.image_size)
+    path = Path(folder) / "README.md"
+    path.write_text(
+        _TEMPLATE.format(
+            model_type=config.model_type,
+            method=METHODS[config.model_type],
+            paper=_PAPERS[config.model_type],
+            name=Path(folder).name,
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            height=height,
+            width_pixels=width_pixels,
+            training="\n".join(f"- {name}: {value}" for name, value in training.items()),
+            results=_results(results),
+        ),
+        encoding="utf-8",
+    )
+    return path
+
+
+def _results(results: dict | None) -> str:
+    if results is None:
+        return "Not evaluated: the training data was a stream."
+    labels = list(next(iter(results["knn"].values())))
+    lines = [
+        f"k-NN accuracy in % (cosine, k = 20; {results['num_train']} training pictures are the memory, "
+        f"{results['num_test']} held-out ones the test) and RankMe of the held-out features.",
+        "",
+        "| features | " + " | ".join([*labels, "RankMe"]) + " |",
+        "|---|" + "---|" * (len(labels) + 1),
+    ]
+    for name, scores in results["knn"].items():
+        rank = results["rank_me"].get(name)
+        cells = [f"{scores[label]:.1f}" for label in labels] + ["" if rank is None else f"{rank:.1f}"]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,644 @@
+"""From flags to pictures: every kind of source, what is held out, and what an error says."""
+
+import gzip
+import json
+import os
+import pickle
+import struct
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_mim.data.loading import (
+    DataArguments,
+    check_pictures,
+    compute_mean_std,
+    load_pictures,
+    resolve_mean_std,
+    without_broken,
+)
+from hf_mim.data.pictures import BrokenPictureError
+from hf_mim.data.pretraining import (
+    EpochSampler,
+    PretrainingDataset,
+    StreamingPretrainingDataset,
+    pretraining_collator,
+)
+from hf_mim.data.sources import PictureDataset, PictureStream, find_pictures, read_idx
+from hf_mim.data.transforms import PretrainingTransform
+
+SHARED = Path(os.environ.get("HF_MIM_SHARED", Path(__file__).parents[2] / "shared"))
+FASHION_MNIST = SHARED / "data" / "fashion-mnist"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    import datasets
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    # `datasets` waits for 5 seconds after every pass over a stream of parquet
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def colour(value, size=(8, 8)):
+    return Image.fromarray(np.full((*size, 3), value, dtype=np.uint8))
+
+
+def make_folder(root, classes=("b", "a"), num=3):
+    """Pictures of all sorts; the value of each is its number."""
+    for c, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for n in range(num):
+            suffix = ("png", "JPG", "webp", "bmp")[n % 4]
+            colour(10 * c + n).save(root / name / f"{n}.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
+    return root
+
+
+def args(**kwargs):
+    return DataArguments(**{key: str(value) if isinstance(value, Path) else value for key, value in kwargs.items()})
+
+
+# --- flags
+
+
+def test_flags_parse_beside_training_arguments(tmp_path):
+    names = {field.name for field in fields(DataArguments)}
+    assert not names & {field.name for field in fields(TrainingArguments)}
+    parser = HfArgumentParser((DataArguments, TrainingArguments))
+    flags = "--image_size 32 64 --num_channels 2 --image_mean 0.1 0.2 --image_std 1 2 --no_horizontal_flip"
+    found, _ = parser.parse_args_into_dataclasses([*flags.split(), "--output_dir", str(tmp_path)])
+    assert found.image_height_width == (32, 64) and found.horizontal_flip is False
+    assert found.image_mean == [0.1, 0.2] and found.image_std == [1.0, 2.0]
+    assert args(image_size=[28]).image_height_width == args(image_size=28).image_height_width == (28, 28)
+    assert args().image_height_width is None and args(image_mean=["auto"], image_std="auto").image_mean == "auto"
+    (tmp_path / "recipe.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    (found,) = HfArgumentParser(DataArguments).parse_json_file(str(tmp_path / "recipe.json"))
+    assert found.image_mean == [0.5] * 3
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"image_size": [1, 2, 3]}, "--image_size must be one number or two"),
+        ({"image_size": [0]}, "--image_size"),
+        ({"num_channels": 0}, "--num_channels must be at least 1"),
+        ({"validation_fraction": 1.0}, "--validation_fraction"),
+        ({"crop_scale_min": 0.0}, "--crop_scale_min"),
+        ({"max_train_samples": 0}, "--max_train_samples must be at least 1"),
+        ({"streaming": True}, "--streaming needs --dataset_name"),
+        ({"dataset_name": "a", "train_dir": "b"}, "leave one out"),
+        ({"validation_dir": "a"}, "--validation_dir goes with --train_dir"),
+        ({"image_mean": ["0.5"]}, r"one number per channel \(3\), got 1"),
+        ({"image_mean": ["x", "y", "z"]}, "must be numbers"),
+        ({"image_mean": ["0.5"] * 3}, "Give both"),
+        ({"image_mean": ["0.5"] * 3, "image_std": ["0"] * 3}, "--image_std must be above 0"),
+    ],
+)
+def test_bad_flags(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        DataArguments(**kwargs)
+
+
+# --- folders
+
+
+def test_folder_with_classes(tmp_path):
+    make_folder(tmp_path / "train")
+    make_folder(tmp_path / "val", classes=("c", "a"), num=1)
+    splits = load_pictures(args(train_dir=tmp_path / "train", validation_dir=tmp_path / "val"))
+    assert len(splits.train) == 6 and len(splits.validation) == 2
+    assert splits.train.label_names == splits.validation.label_names == {"label": ["a", "b", "c"]}
+    assert splits.train.labels["label"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert splits.validation.labels["label"].tolist() == [0, 2]
+    assert [splits.train.name(i) for i in (0, 5)] == [str(tmp_path / "train" / p) for p in ("a/0.png", "b/2.webp")]
+    assert [int(splits.train[i].float().mean()) for i in range(6)] == [10, 11, 12, 0, 1, 2]
+
+
+def test_flat_folder_in_which_other_things_lie(tmp_path):
+    colour(1).save(tmp_path / "b.PNG")
+    colour(0).save(tmp_path / "a.jpeg")
+    np.save(tmp_path / "c.npy", np.full((8, 8), 2, dtype=np.uint8))
+    colour(9).save(tmp_path / ".hidden.png")
+    (tmp_path / ".git").mkdir()
+    colour(9).save(tmp_path / ".git" / "x.png")
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    assert find_pictures(tmp_path) == ["a.jpeg", "b.PNG", "c.npy"]
+    splits = load_pictures(args(train_dir=tmp_path))
+    assert splits.train.labels == {} and len(splits.train) == 2 and len(splits.validation) == 1
+    assert {int(p[0, 0, 0]) for s in (splits.train, splits.validation) for p in s} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("classes", [("only",), ("x/2020", "x/2021")])
+def test_one_sub_folder_is_no_class(tmp_path, classes):
+    assert load_pictures(args(train_dir=make_folder(tmp_path, classes))).train.labels == {}
+
+
+def test_names_that_are_not_ascii(tmp_path):
+    colour(3).save(tmp_path / "ein schönes Bild 図.png")
+    colour(3).save(tmp_path / "z.png")
+    splits = load_pictures(args(train_dir=tmp_path))
+    assert {splits.train.name(0), splits.validation.name(0)} == {str(p) for p in tmp_path.glob("*.png")}
+    assert splits.train[0].shape == (3, 8, 8)
+
+
+def test_what_is_held_out_never_changes(tmp_path):
+    make_folder(tmp_path, num=20)
+    runs = [load_pictures(args(train_dir=tmp_path, validation_fraction=0.25), seed=seed) for seed in (0, 1)]
+    train, held = (
+        [[s.name(i) for i in range(len(s))] for s in part] for part in zip(*map(vars_of, runs), strict=True)
+    )
+    assert train[0] == train[1] and held[0] == held[1]
+    assert len(held[0]) == 10 and not set(held[0]) & set(train[0]) and train[0] == sorted(train[0])
+    few = load_pictures(args(train_dir=tmp_path, max_train_samples=8, max_eval_samples=4, validation_fraction=0.25))
+    assert len(few.train) == 8 and len(few.validation) == 4
+    assert len(set(few.train.labels["label"])) == 2  # not the first eight, which are all of class a
+
+
+def vars_of(splits):
+    return splits.train, splits.validation
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: root / "missing", "missing does not exist, expected a folder"),
+        (
+            lambda root: (root / "a.png").write_bytes(b"") and None or root / "a.png",
+            "a.png is a file, expected a folder",
+        ),
+        (lambda root: root, r"holds no picture. Files that are read: \.jpg, .*\.npy"),
+        (lambda root: make_folder(root, ("a",), 1), "has 1 picture, and no split to hold out"),
+    ],
+)
+def test_bad_folders(tmp_path, make, message):
+    with pytest.raises(ValueError, match=message):
+        load_pictures(args(train_dir=make(tmp_path)))
+
+
+def test_checking_the_first_picture(tmp_path):
+    make_folder(tmp_path)
+    assert check_pictures(load_pictures(args(train_dir=tmp_path)).train).shape == (3, 8, 8)
+    with pytest.raises(ValueError, match=r"a/0.png: has 3 \(RGB\) channels, expected 5. Pass --num_channels 3"):
+        check_pictures(load_pictures(args(train_dir=tmp_path, num_channels=5)).train)
+    (tmp_path / "a" / "0.png").write_bytes(b"")
+    with pytest.raises(BrokenPictureError, match="a/0.png: the file is empty"):
+        check_pictures(load_pictures(args(train_dir=tmp_path)).train)
+    with pytest.raises(ValueError, match="x holds no picture that can be read"):
+        check_pictures(PictureDataset([], 3, source="x"))
+
+
+def test_broken_pictures_can_be_left_out_everywhere(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "a" / "0.png").write_bytes(b"")
+    flags = args(
+        train_dir=tmp_path, validation_dir=tmp_path, skip_broken_images=True, image_mean="auto", image_std="auto"
+    )
+    pictures = load_pictures(flags).train
+    assert int(check_pictures(pictures, skip_broken=True)[0, 0, 0]) == 11
+    assert np.allclose(resolve_mean_std(flags, pictures)[0], np.mean([11, 12, 0, 1, 2]) / 255, atol=1e-3)
+    with pytest.raises(BrokenPictureError, match="a/0.png"):
+        compute_mean_std(pictures)
+    readable = without_broken(pictures)
+    assert len(readable) == 5 and readable.labels["label"].tolist() == [0, 0, 1, 1, 1]
+
+
+# --- idx files
+
+
+def write_idx(path, array):
+    data = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+def make_idx(root, suffix=""):
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for split, num in (("train", 12), ("t10k", 4)):
+        arrays[split] = rng.integers(0, 256, (num, 5, 6), dtype=np.uint8)
+        write_idx(root / f"{split}-images-idx3-ubyte{suffix}", arrays[split])
+        write_idx(root / f"{split}-labels-idx1-ubyte{suffix}", np.arange(num, dtype=np.uint8) % 3)
+    return arrays
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_idx(tmp_path, suffix):
+    arrays = make_idx(tmp_path, suffix)
+    splits = load_pictures(args(train_dir=tmp_path, num_channels=1))
+    assert len(splits.train) == 12 and len(splits.validation) == 4
+    assert np.array_equal(splits.train[3][0], arrays["train"][3])
+    assert np.array_equal(splits.validation[1][0], arrays["t10k"][1])
+    assert splits.train.labels["label"].tolist() == [0, 1, 2] * 4
+    assert splits.train.label_names == {"label": ["0", "1", "2"]}
+    assert splits.train.name(3) == f"row 3 of {tmp_path}/train-images-idx3-ubyte{suffix}"
+    assert load_pictures(args(train_dir=tmp_path)).train[0].shape == (3, 5, 6)
+
+
+def test_idx_without_labels_or_test(tmp_path):
+    write_idx(tmp_path / "images-idx3-ubyte", np.zeros((40, 4, 4), dtype=np.uint8))
+    splits = load_pictures(args(train_dir=tmp_path, num_channels=1))
+    assert len(splits.train) == 38 and len(splits.validation) == 2 and splits.train.labels == {}
+
+
+def test_idx_with_nothing_in_it(tmp_path):
+    write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((0, 4, 4), dtype=np.uint8))
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte is empty: there is nothing to train on"):
+        load_pictures(args(train_dir=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "begins with nothing, expected 000008"),
+        (b"\0\0\x0d\x03" + bytes(20), "begins with 00000d03"),
+        (b"\0\0\x08\x03\0\0", "cut off within its header"),
+        (b"\0\0\x08\x01\0\0\0\x05abc", r"holds 3 values, but its header says 5 \(\(5,\)\)"),
+        (b"\0\0\x08\x01\0\0\0\x02abc", "holds 3 values, but its header says 2"),
+        (b"\0\0\x08\x03" + b"\xff" * 12, "its header says"),
+    ],
+)
+def test_damaged_idx(tmp_path, data, message):
+    (tmp_path / "x-ubyte").write_bytes(data)
+    with pytest.raises(ValueError, match="x-ubyte: .*" + message):
+        read_idx(tmp_path / "x-ubyte")
+
+
+def test_damaged_gzip(tmp_path):
+    make_idx(tmp_path, ".gz")
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz: cannot be read"):
+        load_pictures(args(train_dir=tmp_path))
+
+
+def test_idx_labels_of_another_number(tmp_path):
+    make_idx(tmp_path)
+    write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, dtype=np.uint8))
+    with pytest.raises(ValueError, match="holds 3 labels for the 12 pictures"):
+        load_pictures(args(train_dir=tmp_path))
+
+
+@pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason=f"{FASHION_MNIST} is not here")
+def test_the_real_fashion_mnist():
+    splits = load_pictures(args(train_dir=FASHION_MNIST, num_channels=1))
+    assert len(splits.train) == 60000 and len(splits.validation) == 10000
+    assert splits.train.labels["label"][:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
+    assert np.bincount(splits.validation.labels["label"]).tolist() == [1000] * 10
+    mean, std = compute_mean_std(splits.train, 2000)
+    assert abs(mean[0] - 0.2860) < 0.005 and abs(std[0] - 0.3530) < 0.005  # the published numbers
+
+
+# --- datasets
+
+
+def make_dataset(num=10, **extra):
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+
+    columns = {"image": [colour(i) for i in range(num)], "shape": [i % 2 for i in range(num)], "n": list(range(num))}
+    features = {"image": Image(), "shape": ClassLabel(names=["round", "square"]), "n": Value("int32")}
+    return Dataset.from_dict(columns, features=Features(features))
+
+
+def make_parquet(root, num_files=4):
+    root.mkdir(exist_ok=True)
+    for split, num in (("train", 12), ("test", 4)):
+        files = num_files if split == "train" else 1
+        for n in range(files):
+            make_dataset(num).shard(files, n, contiguous=True).to_parquet(
+                root / f"{split}-{n:05}-of-{files:05}.parquet"
+            )
+    return root
+
+
+def test_parquet_folder(tmp_path):
+    splits = load_pictures(args(dataset_name=make_parquet(tmp_path / "data")))
+    assert len(splits.train) == 12 and len(splits.validation) == 4  # the split called test
+    assert int(splits.train[7].float().mean()) == 7
+    assert splits.train.label_names == {"shape": ["round", "square"]}
+    assert splits.train.labels["shape"].tolist() == [0, 1] * 6
+    assert splits.train.name(7) == f"row 7 of {tmp_path / 'data'} (train)"
+    part = splits.train.select([5, 3])
+    assert [int(p.float().mean()) for p in part] == [5, 3] and part.labels["shape"].tolist() == [1, 1]
+    assert part.name(0) == splits.train.name(5) and int(part.select([1])[0].float().mean()) == 3
+    again = pickle.loads(pickle.dumps(part))
+    assert torch.equal(again[0], part[0])
+
+
+def test_saved_to_disk(tmp_path):
+    from datasets import DatasetDict
+
+    make_dataset(40).save_to_disk(tmp_path / "one")
+    splits = load_pictures(args(dataset_name=tmp_path / "one", label_column_names=["n", "shape"]))
+    assert len(splits.train) == 38 and len(splits.validation) == 2
+    assert splits.train.label_names["n"] == [str(i) for i in range(40)]
+    for part in vars_of(splits):
+        assert [int(p.float().mean()) for p in part] == part.labels["n"].tolist()
+    DatasetDict({"fit": make_dataset(6), "val": make_dataset(3)}).save_to_disk(tmp_path / "two")
+    splits = load_pictures(args(dataset_name=tmp_path / "two", train_split="fit"))
+    assert (len(splits.train), len(splits.validation)) == (6, 3)
+    with pytest.raises(ValueError, match="--train_split train: .* has the splits fit, val"):
+        load_pictures(args(dataset_name=tmp_path / "two"))
+    with pytest.raises(ValueError, match="leave out --streaming"):
+        load_pictures(args(dataset_name=tmp_path / "two", streaming=True))
+
+
+def test_rows_without_a_label(tmp_path):
+    make_dataset(6).map(lambda row: {"shape": None if row["n"] == 2 else row["shape"]}).save_to_disk(tmp_path / "a")
+    splits = load_pictures(args(dataset_name=tmp_path / "a", label_column_names=["n", "shape"]))
+    labels = splits.train.labels
+    assert [(n, s) for n, s in zip(labels["n"], labels["shape"], strict=True) if s < 0] == [(2, -1)]
+
+
+def test_one_parquet_file(tmp_path):
+    make_dataset(20).to_parquet(tmp_path / "a.parquet")
+    assert len(load_pictures(args(dataset_name=tmp_path / "a.parquet")).train) == 19
+
+
+@pytest.mark.parametrize("kind", ["Array3D", "list"])
+def test_arrays_of_five_channels(tmp_path, kind):
+    from datasets import Array3D, Dataset, Features, List, Value
+
+    arrays = np.random.default_rng(0).integers(0, 65536, (6, 5, 4, 7), dtype=np.uint16)
+    feature = Array3D((5, 4, 7), "uint16") if kind == "Array3D" else List(List(List(Value("uint16"))))
+    dataset = Dataset.from_dict({"bands": arrays.tolist()}, features=Features({"bands": feature}))
+    dataset.save_to_disk(tmp_path / "data")
+    splits = load_pictures(
+        args(dataset_name=tmp_path / "data", num_channels=5, image_column_name=None if kind == "Array3D" else "bands")
+    )
+    found = torch.stack([*splits.train, *splits.validation])
+    assert found.dtype == torch.float32 and found.shape == (6, 5, 4, 7)
+    expected = torch.from_numpy(arrays.astype(np.float32) / 65535)
+    assert all(any(torch.allclose(a, b) for b in expected) for a in found)
+
+
+def test_bad_columns(tmp_path):
+    from datasets import Dataset
+
+    make_dataset().save_to_disk(tmp_path / "a")
+    Dataset.from_dict({"text": ["x"], "n": [1]}).save_to_disk(tmp_path / "b")
+    both = make_dataset()
+    both.map(lambda row: {"image2": row["image"]}).save_to_disk(tmp_path / "c")
+    make_dataset(0).to_parquet(tmp_path / "d.parquet")
+    for name, kwargs, message in (
+        (
+            "a",
+            {"image_column_name": "img"},
+            r"--image_column_name img: .* It has: image \(Image\), shape \(ClassLabel\)",
+        ),
+        ("a", {"label_column_names": ["x"]}, "--label_column_names x: .* It has: image, shape, n"),
+        ("b", {}, r"no column of pictures .* It has: text \(Value\), n \(Value\)"),
+        ("c", {}, "pictures in image, image2. Choose one by --image_column_name"),
+        ("d.parquet", {}, "could not be loaded: .* no data"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pictures(args(dataset_name=tmp_path / name, **kwargs))
+    with pytest.raises(ValueError, match="--dataset_name nobody/nothing could not be loaded"):
+        load_pictures(args(dataset_name="nobody/nothing"))
+
+
+def test_a_broken_picture_in_a_row(tmp_path):
+    from datasets import Dataset, Features, Image
+
+    values = [{"bytes": b"no picture", "path": "x.png"}] * 2
+    Dataset.from_dict({"image": values}, features=Features({"image": Image()})).save_to_disk(tmp_path / "a")
+    pictures = load_pictures(args(dataset_name=tmp_path / "a")).train
+    with pytest.raises(BrokenPictureError, match=r"x.png \(row \d of .*a \(train\)\): not a picture"):
+        pictures[0]
+
+
+@pytest.mark.parametrize("source", ["folder", "parquet", "idx"])
+def test_workers_read_the_same(tmp_path, source):
+    if source == "folder":
+        flags = args(train_dir=make_folder(tmp_path / "x", num=6))
+    elif source == "parquet":
+        flags = args(dataset_name=make_parquet(tmp_path / "x"))
+    else:
+        make_idx(tmp_path)
+        flags = args(train_dir=tmp_path)
+    pictures = load_pictures(flags).train
+    transform = PretrainingTransform((8, 8), 4, [0.5] * 3, [0.5] * 3)
+    runs = [
+        list(
+            DataLoader(
+                PretrainingDataset(pictures, transform),
+                sampler=EpochSampler(len(pictures)),
+                batch_size=4,
+                num_workers=num_workers,
+                collate_fn=pretraining_collator,
+            )
+        )
+        for num_workers in (0, 2)
+    ]
+    assert len(runs[0]) == len(runs[1]) > 1
+    for a, b in zip(*runs, strict=True):
+        assert torch.equal(a["pixel_values"], b["pixel_values"]) and torch.equal(a["noise"], b["noise"])
+
+
+# --- streaming
+
+
+def test_streaming_arrays(tmp_path):
+    from datasets import Dataset, Features, List, Value
+
+    arrays = np.random.default_rng(0).integers(0, 256, (6, 4, 7, 5), dtype=np.uint8)
+    features = Features({"bands": List(List(List(Value("uint8"))))})
+    Dataset.from_dict({"bands": arrays.tolist()}, features=features).to_parquet(tmp_path / "a.parquet")
+    splits = load_pictures(
+        args(
+            dataset_name=tmp_path / "a.parquet",
+            streaming=True,
+            num_channels=5,
+            image_column_name="bands",
+            max_eval_samples=2,
+        )
+    )
+    assert np.array_equal(torch.stack(list(splits.validation)).permute(0, 2, 3, 1), arrays[:2])
+    assert sorted(p.sum().item() for p in splits.train) == sorted(arrays[2:].sum((1, 2, 3)).tolist())
+
+
+def test_files_as_plain_bytes(tmp_path):
+    """Parquet that something else wrote: bytes, or a struct of bytes and path, and no word of pictures."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data = [row["bytes"] for row in make_dataset(4).cast_column("image", encoded())["image"]]
+    structs = [{"bytes": entry, "path": None} for entry in data]
+    pq.write_table(pa.table({"plain": data, "struct": structs}), tmp_path / "a.parquet")
+    for column in ("plain", "struct"):
+        for streaming in (False, True):
+            splits = load_pictures(
+                args(
+                    dataset_name=tmp_path / "a.parquet",
+                    image_column_name=column,
+                    streaming=streaming,
+                    max_eval_samples=1,
+                )
+            )
+            pictures = [*splits.train, *splits.validation]
+            assert sorted(int(p.float().mean()) for p in pictures) == [0, 1, 2, 3]
+
+
+def encoded():
+    from datasets import Image
+
+    return Image(decode=False)
+
+
+def test_streaming(tmp_path):
+    splits = load_pictures(args(dataset_name=make_parquet(tmp_path / "data"), streaming=True), seed=1)
+    assert isinstance(splits.train, PictureStream)
+    first, second = ([int(p.float().mean()) for p in each_pass(splits.train, epoch)] for epoch in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(12)) and first != second
+    assert [int(p.float().mean()) for p in each_pass(splits.train, 0)] == first
+    assert len(splits.validation) == 4 and splits.validation.labels["shape"].tolist() == [0, 1, 0, 1]
+    memory = splits.train.take(5)
+    assert isinstance(memory, PictureDataset) and len(memory) == 5
+    assert [int(p.float().mean()) % 2 for p in memory] == memory.labels["shape"].tolist()
+    assert check_pictures(splits.train).shape == (3, 8, 8)
+    assert len(compute_mean_std(splits.train, 4)[0]) == 3
+
+
+def each_pass(stream, epoch):
+    stream.set_epoch(epoch)
+    return list(stream)
+
+
+def test_streaming_without_a_held_out_split(tmp_path):
+    make_dataset(20).to_parquet(tmp_path / "a.parquet")
+    flags = args(dataset_name=tmp_path / "a.parquet", streaming=True, max_eval_samples=5, max_train_samples=6)
+    splits = load_pictures(flags)
+    assert [int(p.float().mean()) for p in splits.validation] == [0, 1, 2, 3, 4]
+    assert sorted(int(p.float().mean()) for p in splits.train) == [5, 6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_streaming_over_processes_and_workers(tmp_path, num_workers):
+    """Every picture once in a pass, whoever reads it."""
+    make_parquet(tmp_path / "data")
+    found = []
+    for rank in (0, 1):
+        pictures = load_pictures(args(dataset_name=tmp_path / "data", streaming=True)).train
+        transform = PretrainingTransform((8, 8), 4, [0.0] * 3, [1.0] * 3)
+        dataset = StreamingPretrainingDataset(pictures, transform, rank=rank, num_processes=2)
+        batches = iter(DataLoader(dataset, batch_size=3, num_workers=num_workers, collate_fn=pretraining_collator))
+        for _ in range(2):
+            found += (next(batches)["pixel_values"].mean(dim=(1, 2, 3)) * 255).round().int().tolist()
+    assert sorted(found) == list(range(12))
+
+
+def test_streaming_leaves_out_broken_pictures(tmp_path):
+    from datasets import Dataset, Features, Image
+
+    good = make_dataset(3)["image"][:]
+    values = [good[0], {"bytes": b"broken", "path": "x.png"}, good[2]]
+    Dataset.from_dict({"image": values}, features=Features({"image": Image()})).to_parquet(tmp_path / "train.parquet")
+    flags = {"dataset_name": tmp_path / "train.parquet", "streaming": True, "max_eval_samples": 1}
+    with pytest.raises(BrokenPictureError, match=r"x.png \(in .*train.parquet\)"):
+        list(load_pictures(args(**flags)).train)
+    stream = load_pictures(args(**flags, skip_broken_images=True)).train
+    assert len(list(stream)) == 1 and stream.num_broken == 1
+
+
+# --- torchvision
+
+
+def test_torchvision(tmp_path):
+    """CIFAR10's files, as torchvision wants them, small."""
+    from torchvision.datasets import CIFAR10
+
+    root = tmp_path / CIFAR10.base_folder
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    for name, _ in [*CIFAR10.train_list, *CIFAR10.test_list]:
+        entry = {"data": rng.integers(0, 256, (2, 3072), dtype=np.uint8), "labels": [3, 7]}
+        (root / name).write_bytes(pickle.dumps(entry))
+    (root / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    flags = args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"torchvision.datasets.CIFAR10\(.*download=True\)"):
+        load_pictures(flags)  # its checksums are not those of the real files
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+        patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        splits = load_pictures(flags)
+    assert len(splits.train) == 10 and len(splits.validation) == 2
+    assert splits.train[0].shape == (3, 32, 32)
+    assert splits.train.labels["label"].tolist() == [3, 7] * 5
+    assert splits.train.label_names["label"] == list("abcdefghij")
+    assert splits.validation.name(1) == "row 1 of torchvision:CIFAR10 False"
+
+
+def test_torchvision_idx(tmp_path):
+    (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
+    arrays = make_idx(tmp_path / "FashionMNIST" / "raw")
+    splits = load_pictures(args(dataset_name="torchvision:FashionMNIST", train_dir=tmp_path, num_channels=1))
+    assert np.array_equal(splits.train[2][0], arrays["train"][2]) and len(splits.validation) == 4
+
+
+def test_torchvision_folder_without_splits(tmp_path):
+    make_folder(tmp_path)
+    splits = load_pictures(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path))
+    assert len(splits.train) == 5 and len(splits.validation) == 1
+    assert splits.train.label_names == {"label": ["a", "b"]}
+
+
+def test_torchvision_errors(tmp_path):
+    for name, root, message in (
+        ("cifar10", tmp_path, "Did you mean torchvision:CIFAR10?"),
+        ("Nothing", tmp_path, "no data set Nothing"),
+        ("CIFAR10", None, "needs --train_dir"),
+        ("CIFAR10", tmp_path / "x", "does not exist"),
+        ("CIFAR100", tmp_path, "download=True"),
+        ("STL10", tmp_path, "download=True"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_pictures(args(dataset_name=f"torchvision:{name}", train_dir=root))
+
+
+# --- the embedded scenes
+
+
+def test_scenes_by_default(tmp_path):
+    flags = args(max_train_samples=6, max_eval_samples=4, image_size=[32], data_cache_dir=tmp_path)
+    splits = load_pictures(flags)
+    assert len(splits.train) == 6 and len(splits.validation) == 4
+    assert splits.train[0].shape == (3, 32, 32) and splits.train[0].dtype == torch.uint8
+    assert set(splits.train.labels) == {"count", "distance", "shape", "color"}
+    assert all(column.shape == (6,) for column in splits.train.labels.values())
+    assert len(splits.train.label_names["count"]) == 8
+    assert not torch.equal(splits.train[0], splits.validation[0])
+    from hf_mim.data.scenes import scenes
+
+    drawn = scenes("train", 6, image_size=32, seed=0, cache_dir=str(tmp_path))
+    assert np.array_equal(splits.train[5].permute(1, 2, 0), np.array(drawn[5]["image"]))
+
+
+# --- mean and standard deviation
+
+
+def test_mean_and_std_by_hand():
+    pictures = PictureDataset(
+        [np.array([[[0, 255, 7]]], dtype=np.uint8), np.array([[[255, 255, 7]]], dtype=np.uint8)], 3, source="x"
+    )
+    mean, std = compute_mean_std(pictures)
+    assert np.allclose(mean, [0.5, 1.0, 7 / 255])
+    assert np.allclose(std, [0.5, 1.0, 1.0])  # a channel that never changes is not divided by 0
+    floats = PictureDataset([np.array([[[2.0, 4.0]]], dtype=np.float32)], 1, source="x")
+    assert compute_mean_std(floats) == ([3.0], [1.0])
+
+
+def test_which_mean_and_std():
+    pictures = PictureDataset([np.array([[0, 255]], dtype=np.uint8)], 3, source="x")
+    assert resolve_mean_std(args(), pictures)[0] == [0.485, 0.456, 0.406]
+    assert np.allclose(resolve_mean_std(args(image_mean=["auto"], image_std=["auto"]), pictures)[0], [0.5] * 3)
+    assert resolve_mean_std(args(image_mean=["1"] * 3, image_std=["2"] * 3), pictures) == ([1.0] * 3, [2.0] * 3)
+    grey = PictureDataset([np.array([[0, 255]], dtype=np.uint8)], 1, source="x")
+    assert np.allclose(resolve_mean_std(args(num_channels=1), grey), [[0.5], [0.5]])

@@ -1,0 +1,105 @@
+"""What `import hf_mim` does, in processes of their own, and what it leaves alone."""
+
+import subprocess
+import sys
+
+import pytest
+import transformers
+
+import hf_mim
+from hf_mim.data.image_processing import MIMImageProcessor, build_image_processor
+from hf_mim.registry import METHODS, method_class, method_module
+from tiny import tiny_model
+
+SUFFIXES = ("Config", "Model", "ForPreTraining", "ForImageClassification", "Backbone")
+
+
+def run_python(code: str) -> str:
+    """What a new interpreter prints."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def modules_after(code: str) -> set[str]:
+    return set(run_python(f"{code}\nimport sys\nprint(*sys.modules, sep='\\n')").split())
+
+
+def test_importing_costs_no_model_and_no_data_library():
+    plain = modules_after("from transformers import AutoModel, PreTrainedConfig")
+    ours = modules_after("from transformers import AutoModel, PreTrainedConfig\nimport hf_mim")
+    added = ours - plain
+    assert not [name for name in added if ".modeling_" in name]
+    assert not [name for name in added if name.split(".")[0] in ("datasets", "evaluate", "torchvision", "matplotlib")]
+    assert {name.split(".")[0] for name in added} <= {"hf_mim"} | {name.split(".")[0] for name in plain}
+    for model_type in METHODS:
+        assert f"hf_mim.models.{model_type}.configuration_{model_type}" in added
+
+
+def test_public_names_resolve():
+    for model_type, prefix in METHODS.items():
+        for suffix in SUFFIXES:
+            resolved = getattr(hf_mim, prefix + suffix)
+            assert resolved is method_class(model_type, suffix) and resolved.__name__ == prefix + suffix
+            assert prefix + suffix in dir(hf_mim)
+    assert callable(hf_mim.from_original) and callable(hf_mim.to_vit)
+    for name in hf_mim.__all__:
+        assert getattr(hf_mim, name) is not None
+    with pytest.raises(AttributeError, match="hf_mim.*NoSuchThing"):
+        _ = hf_mim.NoSuchThing
+
+
+@pytest.mark.parametrize("model_type", METHODS)
+def test_stand_ins_pass_for_the_classes(model_type):
+    for auto, suffix in (
+        ("AutoModel", "Model"),
+        ("AutoModelForPreTraining", "ForPreTraining"),
+        ("AutoModelForImageClassification", "ForImageClassification"),
+        ("AutoBackbone", "Backbone"),
+    ):
+        config_class, real = method_class(model_type, "Config"), method_class(model_type, suffix)
+        stand_in = getattr(transformers, auto)._model_mapping[config_class]
+        assert stand_in.__name__ == real.__name__
+        assert stand_in.config_class is config_class
+        model = tiny_model(model_type, suffix)
+        assert isinstance(model, stand_in) and not isinstance(transformers.AutoModel, stand_in)
+        assert issubclass(real, stand_in) and not issubclass(dict, stand_in)
+        assert type(stand_in(model.config)) is real
+
+
+@pytest.mark.parametrize("model_type", METHODS)
+@pytest.mark.parametrize("first", ["hf_mim", "transformers"])
+def test_image_processor_in_both_orders(model_type, first, tmp_path):
+    tiny_model(model_type, "Model", num_channels=5).save_pretrained(tmp_path)
+    build_image_processor((32, 48), 5, [0.5] * 5, [0.5] * 5).save_pretrained(tmp_path)
+    imports = ["import hf_mim", "from transformers import AutoImageProcessor"]
+    if first == "transformers":
+        imports.reverse()
+    printed = run_python(
+        "\n".join(imports)
+        + f"\nprocessor = AutoImageProcessor.from_pretrained({str(tmp_path)!r})"
+        + "\nprint(type(processor).__module__, type(processor).__name__, processor.num_channels)"
+    )
+    assert printed.split() == [MIMImageProcessor.__module__, "MIMImageProcessor", "5"]
+
+
+def test_registering_twice_changes_nothing():
+    printed = run_python(
+        "import hf_mim, sys\n"
+        "finders = len(sys.meta_path)\n"
+        "hf_mim.register_auto_classes()\n"
+        "assert len(sys.meta_path) == finders\n"
+        "from transformers import AutoImageProcessor\n"
+        "assert len(sys.meta_path) == finders - 1\n"
+        "hf_mim.register_auto_classes()\n"
+        "print(len(sys.meta_path) - finders)"
+    )
+    assert printed.strip() == "-1"
+
+
+def test_unknown_method_is_named_with_the_known_ones():
+    for call in (lambda: method_module("mae", "modeling"), lambda: method_class("mae", "Config")):
+        with pytest.raises(ValueError, match="'mae'.*" + ", ".join(METHODS)):
+            call()
+    with pytest.raises(ValueError, match="'mae'"):
+        hf_mim.from_original({}, "mae")
