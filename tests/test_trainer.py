@@ -84,6 +84,7 @@ class TestResuming:
         assert logged(resumed) == logged(unbroken)
         assert resumed.state.global_step == unbroken.state.global_step == unbroken.state.max_steps
 
+    @pytest.mark.slow  # torch takes 5 seconds to end each of them
     def test_persistent_workers_change_nothing(self, tmp_path):
         """They live through the epochs, so that fewer iterators are built than after resuming."""
         config = tiny_config(drop_path_rate=0.5)

@@ -21,8 +21,8 @@ class MIMTrainingArguments(TrainingArguments):
     base_learning_rate: float = field(
         default=1.5e-4,
         metadata={
-            "help": "Learning rate per 256 pictures: the peak is base_learning_rate * effective batch / 256, where the "
-            "effective batch is per-device batch x devices x accumulation. Not used if learning_rate is given."
+            "help": "Learning rate per 256 pictures: the peak is base_learning_rate * effective batch / 256, where "
+            "the effective batch is per-device batch x devices x accumulation. Not used if learning_rate is given."
         },
     )
     learning_rate: float | None = field(
@@ -32,13 +32,13 @@ class MIMTrainingArguments(TrainingArguments):
         default=None, metadata={"help": "Linear warm-up in epochs; takes precedence over warmup_steps."}
     )
     warmup_steps: float = field(
-        default=0.05, metadata={"help": "Linear warm-up in steps, or below 1 as a share of all steps (40 of 800 epochs)."}
+        default=0.05, metadata={"help": "Linear warm-up in steps, or below 1 as a share of all (40 of 800 epochs)."}
     )
     lr_scheduler_type: SchedulerType | str = field(
         default="cosine", metadata={"help": "Half a cosine to 0, updated every step."}
     )
     weight_decay: float = field(
-        default=0.05, metadata={"help": "AdamW's weight decay, on matrices only (not on biases, norms, tokens, positions)."}
+        default=0.05, metadata={"help": "AdamW's weight decay, on matrices (not biases, norms, tokens, positions)."}
     )
     adam_beta2: float = field(default=0.95, metadata={"help": "AdamW's beta2."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
@@ -68,17 +68,20 @@ class MIMTrainingArguments(TrainingArguments):
             self.use_cpu = True
         if self.bf16 is None:
             # `accelerate launch` always sets the variable, to "no" if it was not asked for anything.
-            chosen = self.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no"
-            self.bf16 = not chosen and supports_bf16(self.use_cpu)
+            launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+            self.bf16 = launched == "bf16" or (launched == "no" and not self.fp16 and supports_bf16(self.use_cpu))
+        asked_for_float32 = not self.bf16 and not self.fp16
         super().__post_init__()
+        if asked_for_float32 and self.mixed_precision == "bf16":
+            self.mixed_precision = "no"
         # Never asked of a pretraining model; gathering them would fill the memory.
         self.prediction_loss_only = True
         self.label_names = []
         if self.learning_rate is None:
             if self.auto_find_batch_size:
                 raise ValueError(
-                    "auto_find_batch_size changes the batch that the learning rate is scaled by. Give learning_rate, or "
-                    "choose per_device_train_batch_size yourself."
+                    "auto_find_batch_size changes the batch that the learning rate is scaled by. Give learning_rate, "
+                    "or choose per_device_train_batch_size yourself."
                 )
             self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
 

@@ -1,9 +1,11 @@
 """The model that the flags ask for: from a preset, or from weights."""
 
 import json
+from dataclasses import fields
 
 import torch
-from transformers import AutoConfig, AutoModel
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.utils import logging
 
 from ..hub.vit import encoder_from_vit
@@ -34,33 +36,41 @@ _ENCODER_FIELDS = (
 
 def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_channels: int):
     """
-    The method's config by preset and flags; with `model_name_or_path`, the encoder's fields are those of the weights.
+    The method's config by preset and flags; with `model_name_or_path`, the encoder's fields are those of the weights,
+    and all are where the weights are of the same method.
 
     Raises:
         ValueError: If a name is unknown or sizes do not fit.
     """
-    fields = preset_config(args.model_type, args.preset, image_size) | {"num_channels": num_channels}
-    if args.patch_size is not None:
-        fields["patch_size"] = [args.patch_size[0], args.patch_size[-1]]
-    if args.mask_ratio is not None:
-        fields["mask_ratio"] = args.mask_ratio
-    overrides = parse_overrides(args.config_overrides)
+    settings = preset_config(args.model_type, args.preset, image_size) | {"num_channels": num_channels}
     config_class = method_class(args.model_type, "Config")
-    unknown = sorted(set(overrides) - set(config_class().to_dict()))
+    chosen = parse_overrides(args.config_overrides)
+    unknown = sorted(set(chosen) - set(config_class().to_dict()))
     if unknown:
         raise ValueError(f"--config_overrides: {config_class.__name__} has no field {', '.join(unknown)}.")
+    if args.patch_size is not None:
+        chosen["patch_size"] = [args.patch_size[0], args.patch_size[-1]]
+    if args.mask_ratio is not None:
+        chosen["mask_ratio"] = args.mask_ratio
     if args.model_name_or_path is not None:
-        fields |= _encoder_fields(args.model_name_or_path)
-        if image_size is not None and tuple(image_size) != as_pair(fields["image_size"]):
-            raise ValueError(
-                f"--image_size {' '.join(map(str, image_size))}: {args.model_name_or_path} has "
-                f"{' x '.join(map(str, as_pair(fields['image_size'])))} pixels. Leave --image_size out."
-            )
-        if num_channels != fields["num_channels"]:
-            raise ValueError(
-                f"--num_channels {num_channels}: {args.model_name_or_path} has {fields['num_channels']} channels."
-            )
-    return config_class(**(fields | overrides))
+        given = _fields_of_weights(args.model_name_or_path, args.model_type)
+        sizes = {} if image_size is None else {"image_size": list(image_size)}
+        _check_asked_for(args.model_name_or_path, given, {"num_channels": num_channels} | sizes | chosen)
+        settings |= given
+    try:
+        return config_class(**(settings | chosen))
+    except StrictDataclassError as error:
+        raise ValueError(f"The network's config: {' '.join(str(error).split())}") from error
+
+
+def _check_asked_for(path: str, given: dict, asked: dict) -> None:
+    for name in set(_ENCODER_FIELDS) & set(asked):
+        there, here = (
+            as_pair(value) if name in ("image_size", "patch_size") else value for value in (given[name], asked[name])
+        )
+        if there != here:
+            fix = f"Pass --{name} {there}" if name == "num_channels" else f"Leave {name} out of the flags"
+            raise ValueError(f"{name}: {here} is asked for, and {path} has {there}. {fix}.")
 
 
 def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
@@ -86,7 +96,10 @@ def parse_overrides(text: str | None) -> dict:
     if not text:
         return {}
     if text.lstrip().startswith("{"):
-        return json.loads(text)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"--config_overrides is {text!r}, which is not JSON: {error}.") from error
     overrides: dict = {}
     name = None
     for part in text.split(","):
@@ -102,10 +115,11 @@ def parse_overrides(text: str | None) -> dict:
 
 
 def _read_value(text: str):
+    text = text.strip()
     try:
-        return json.loads(text.strip().lower() if text.strip() in ("True", "False", "None") else text)
+        return json.loads({"True": "true", "False": "false", "None": "null"}.get(text, text))
     except ValueError:
-        return text.strip()
+        return text
 
 
 def _load_encoder(path: str):
@@ -114,8 +128,14 @@ def _load_encoder(path: str):
     return encoder if source.model_type in METHODS else encoder_from_vit(encoder)
 
 
-def _encoder_fields(path: str) -> dict:
-    config = AutoConfig.from_pretrained(path)
+def _fields_of_weights(path: str, model_type: str) -> dict:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {path}: {error}") from error
+    if config.model_type == model_type:
+        names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
+        return {name: getattr(config, name) for name in names if not name.startswith("_")}
     if config.model_type not in METHODS:
         config = _load_encoder(path).config
     return {name: getattr(config, name) for name in _ENCODER_FIELDS}

@@ -101,7 +101,8 @@ class LogReconstructions(TrainerCallback):
         was_training = model.training
         model.eval()
         with torch.no_grad(), self.trainer.accelerator.autocast():
-            reconstruction = model.reconstruct(*(self.batch[name].to(args.device) for name in ("pixel_values", "noise")))
+            pixel_values, noise = (self.batch[name].to(args.device) for name in ("pixel_values", "noise"))
+            reconstruction = model.reconstruct(pixel_values, noise)
         model.train(was_training)
         if reconstruction is None or not state.is_world_process_zero:
             return

@@ -2,14 +2,14 @@
 
 import json
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.trainer_utils import get_last_checkpoint
 
-# What differs between equal models.
-_NOT_COMPARED = {"transformers_version", "architectures", "dtype", "torch_dtype", "_name_or_path"}
+from ..models.vit.configuration_vit import as_pair
 
 
 def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrainedConfig) -> str | None:
@@ -31,7 +31,9 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
     folder = requested if wanted not in (None, "true") else last
     if folder is None:
         if wanted == "true":
-            raise ValueError(f"There is no checkpoint in {output_dir} to resume from. Leave --resume_from_checkpoint out.")
+            raise ValueError(
+                f"There is no checkpoint in {output_dir} to resume from. Leave --resume_from_checkpoint out."
+            )
         return None
     if not Path(folder).is_dir():
         raise ValueError(f"The checkpoint to resume from, {folder}, is not a folder.")
@@ -40,27 +42,29 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
         older = [str(path) for path in checkpoints_in(output_dir) if path != Path(folder) and not find_damage(path)]
         fix = f"resume from an older one, --resume_from_checkpoint {older[-1]}, or " if older else ""
         raise ValueError(
-            f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}delete it; to start from zero, choose another "
-            "--output_dir or pass --resume_from_checkpoint false."
+            f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}delete it; to start from zero, choose "
+            "another --output_dir or pass --resume_from_checkpoint false."
         )
-    differences = _differences(json.loads((Path(folder) / "config.json").read_text()), config.to_dict())
+    differences = _differences(json.loads((Path(folder) / "config.json").read_text()), config)
     if differences:
         raise ValueError(
-            f"{folder} is a checkpoint of another model ({', '.join(differences)}). Choose another --output_dir, or the "
-            "same settings as that run, or pass --resume_from_checkpoint false to start from zero."
+            f"{folder} is a checkpoint of another model ({', '.join(differences)}). Choose another --output_dir, or "
+            "the same settings as that run, or pass --resume_from_checkpoint false to start from zero."
         )
     return str(folder)
 
 
 def find_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None. Files are opened but not read through."""
-    for name in ("config.json", "trainer_state.json"):
+    for name, entry in (("config.json", "model_type"), ("trainer_state.json", "global_step")):
         try:
-            json.loads((folder / name).read_text())
+            content = json.loads((folder / name).read_text())
         except FileNotFoundError:
             return f"{name} is missing"
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return f"{name} cannot be read ({error})"
+        if not isinstance(content, dict) or not content.get(entry):
+            return f"{name} has no {entry}"
     # Under FSDP the weights and the optimiser's state are folders of shards instead.
     sharded = any(path.is_dir() for path in folder.glob("pytorch_model_fsdp*"))
     weights = sorted(folder.glob("model*.safetensors"))
@@ -73,7 +77,9 @@ def find_damage(folder: Path) -> str | None:
         except (SafetensorError, OSError) as error:
             return f"{path.name} cannot be read ({error})"
     archives = ["scheduler.pt"] + ([] if sharded else ["optimizer.pt"])
-    for name in archives + [path.name for path in folder.glob("rng_state*.pth")]:
+    # One of each process: more or fewer than there are now, if their number changed.
+    random_states = [path.name for path in folder.glob("rng_state*.pth")] or ["rng_state.pth"]
+    for name in archives + random_states:
         if not (folder / name).is_file():
             return f"{name} is missing (was it saved with --save_only_model?)"
         if not zipfile.is_zipfile(folder / name):
@@ -87,10 +93,21 @@ def checkpoints_in(output_dir: str) -> list[Path]:
     return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
 
 
-def _differences(saved: dict, wanted: dict) -> list[str]:
-    # Through JSON, so that a tuple equals the list it is saved as.
-    wanted = json.loads(json.dumps(wanted, default=str))
-    names = [name for name in wanted if name not in _NOT_COMPARED]
-    return [
-        f"{name}: {saved.get(name)!r} there, {wanted[name]!r} here" for name in names if saved.get(name) != wanted[name]
+def _differences(saved: dict, wanted: PreTrainedConfig) -> list[str]:
+    if saved["model_type"] != wanted.model_type:
+        return [f"model_type: {saved['model_type']!r} there, {wanted.model_type!r} here"]
+    # The file leaves out what is the class's default.
+    there, here = type(wanted).from_dict(saved), wanted
+    names = [
+        field.name for field in fields(wanted) if field.name not in {field.name for field in fields(PreTrainedConfig)}
     ]
+    return [
+        f"{name}: {_plain(there, name)!r} there, {_plain(here, name)!r} here"
+        for name in names
+        if not name.startswith("_") and _plain(there, name) != _plain(here, name)
+    ]
+
+
+def _plain(config: PreTrainedConfig, name: str):
+    value = getattr(config, name)
+    return as_pair(value) if name in ("image_size", "patch_size") else value

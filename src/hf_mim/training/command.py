@@ -1,5 +1,6 @@
 """Flags of the example scripts: defaults, then the preset, then a recipe file, then what is typed."""
 
+import argparse
 import json
 import sys
 from dataclasses import dataclass, field
@@ -11,6 +12,10 @@ from transformers import HfArgumentParser
 from ..registry import METHODS
 from .presets import PRESETS, preset_training
 
+# A flag, and the one that would take precedence over it. Whoever sets only the first overrules the second of a recipe
+# or a preset.
+_STRONGER = {"warmup_steps": "warmup_epochs", "base_learning_rate": "learning_rate", "num_train_epochs": "max_steps"}
+
 
 @dataclass
 class ModelArguments:
@@ -21,8 +26,8 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Continue from these weights: a pretraining checkpoint or encoder of hf_mim, ViTMAE or ViT. What it "
-            "lacks is built anew."
+            "help": "Continue from these weights: a pretraining checkpoint or encoder of hf_mim, ViTMAE or ViT. What "
+            "it lacks is built anew."
         },
     )
     patch_size: list[int] | None = field(
@@ -31,10 +36,13 @@ class ModelArguments:
     mask_ratio: float | None = field(default=None, metadata={"help": "Share of the patches that is hidden."})
     config_overrides: str | None = field(
         default=None,
-        metadata={"help": "Other fields of the config, e.g. 'hidden_size=144,use_cls_loss=false'; in a recipe a table."},
+        metadata={
+            "help": "Other fields of the config, e.g. 'hidden_size=144,use_cls_loss=false'; in a recipe a table."
+        },
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, ...; best available if left out."}
+        default=None,
+        metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, ...; best available if left out."},
     )
 
 
@@ -46,21 +54,57 @@ def parse_arguments(argument_classes: tuple[type, ...], argv: list[str] | None =
     the recipe, which overrides the preset, which overrides the defaults.
 
     Raises:
-        ValueError: If the recipe is not a table, or has a flag that does not exist.
+        ValueError: If the recipe is not a table, if a flag does not exist, or if a value is not of its type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = _read_recipe(argv.pop(0)) if argv and argv[0].endswith((".json", ".yaml", ".yml")) else {}
-    parser = HfArgumentParser(argument_classes)
+    parser = _Parser(argument_classes)
     known = {action.dest for action in parser._actions}
     unknown = sorted(set(recipe) - known)
     if unknown:
-        raise ValueError(f"The recipe has unknown flags: {', '.join(unknown)}. Run the script with --help for all flags.")
-    parser.set_defaults(**recipe)
-    if "preset" in known:
-        preset = parser.parse_known_args(argv)[0].preset
-        if preset in PRESETS:
-            parser.set_defaults(**(preset_training(preset) | recipe))
-    return parser.parse_args_into_dataclasses(argv)
+        raise ValueError(
+            f"The recipe has unknown flags: {', '.join(unknown)}. Run the script with --help for all flags."
+        )
+    typed = _chosen(argument_classes, argv)
+    preset = typed.get("preset", recipe.get("preset", parser.get_default("preset")))
+    defaults = preset_training(preset) if preset in PRESETS else {}
+    for lower, upper in ((recipe, typed), (defaults, recipe), (defaults, typed)):
+        for flag, stronger in _STRONGER.items():
+            if flag in upper and stronger not in upper:
+                lower.pop(stronger, None)
+    parser.set_defaults(**(defaults | {flag: None for flag, value in recipe.items() if value is None}))
+    # Before what is typed, a recipe's values are read as flags are, and flags override them.
+    words = [word for flag, value in recipe.items() for word in _as_words(flag, value)]
+    *arguments, left_over = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)
+    if left_over:
+        raise ValueError(f"There is no flag {' '.join(left_over)}. Run the script with --help for all flags.")
+    return tuple(arguments)
+
+
+def _chosen(argument_classes: tuple[type, ...], argv: list[str]) -> dict:
+    """The flags that are in `argv`, without anything's default."""
+    parser = _Parser(argument_classes)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return vars(parser.parse_known_args(argv)[0])
+
+
+class _Parser(HfArgumentParser):
+    """Takes whole names only, and says what is wrong without the usage, which is pages long."""
+
+    def __init__(self, argument_classes: tuple[type, ...]):
+        super().__init__(argument_classes, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise ValueError(f"{message[0].upper()}{message[1:]}. Run the script with --help for all flags.")
+
+
+def _as_words(flag: str, value) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [f"--{flag}", *map(str, value)]
+    return [f"--{flag}={json.dumps(value) if isinstance(value, dict) else value}"]
 
 
 def _read_recipe(name: str) -> dict:
@@ -68,8 +112,10 @@ def _read_recipe(name: str) -> dict:
     if not path.is_file():
         raise ValueError(f"There is no recipe {name}.")
     text = path.read_text(encoding="utf-8")
-    recipe = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    try:
+        recipe = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"The recipe {name} cannot be read: {error}") from error
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {name} is not a table of flags.")
-    # YAML reads 1e-3 as text; the flags' own types are applied to text.
-    return {key: json.dumps(value) if isinstance(value, dict) else value for key, value in recipe.items()}
+    return recipe

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from .building import build_config, build_model
 from .callbacks import LogReconstructions, SaveOnInterrupt
 from .checkpoints import checkpoint_to_resume
 from .command import ModelArguments, parse_arguments
+from .errors import plain_message
 from .trainer import MIMTrainer
 
 _NUM_SHOWN = 8
@@ -37,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse_arguments((ModelArguments, DataArguments, MIMTrainingArguments), argv)
         return pretrain(*arguments)
-    except (ValueError, OSError, RuntimeError) as error:
+    except Exception as error:
         # What the user can mend is said without a page of stack; everything else keeps its stack.
-        if type(error).__module__.startswith(("torch", "accelerate")):
+        message = plain_message(error)
+        if message is None or logging.get_verbosity() <= logging.INFO:
             raise
-        if logging.get_verbosity() <= logging.INFO:
-            raise
-        print(f"\nError: {error}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        print(f"\nError{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
         return 1
 
 

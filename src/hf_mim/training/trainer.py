@@ -92,8 +92,8 @@ class MIMTrainer(Trainer):
         needed = self.get_total_train_batch_size(self.args)
         if self.args.dataloader_drop_last and len(dataset) < needed:
             raise ValueError(
-                f"The training data has {len(dataset)} pictures, fewer than the {needed} of one step (per-device batch x "
-                "processes x accumulation). Choose a smaller --per_device_train_batch_size, or add pictures."
+                f"The training data has {len(dataset)} pictures, fewer than the {needed} of one step (per-device "
+                "batch x processes x accumulation). Choose a smaller --per_device_train_batch_size, or add pictures."
             )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self.train_sampler = EpochSampler(len(dataset), seed=seed)
@@ -146,6 +146,13 @@ class MIMTrainer(Trainer):
         # The stock method walks over all gradients at every step; the number is only wanted when it is logged.
         due = (self.state.global_step + 1) % self.state.logging_steps == 0
         return super()._get_grad_norm(model, grad_norm) if due or grad_norm is not None else None
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        # The stock method warns, and trains on with what the network was initialised with.
+        parts = (("lacks", load_result.missing_keys), ("has besides", load_result.unexpected_keys))
+        wrong = [f"{what} {', '.join(names[:3])} ({len(names)} tensors)" for what, names in parts if names]
+        if wrong:
+            raise ValueError(f"The checkpoint's weights are not this network's: it {', and '.join(wrong)}.")
 
     # Losses
 

@@ -1,0 +1,36 @@
+"""Which errors are the user's to mend, and are said in a line; all others keep their stack."""
+
+import os
+import re
+import traceback
+from pathlib import Path
+
+from transformers import Trainer
+
+from ..data.pictures import BrokenPictureError
+from .trainer import NonFiniteLossError
+
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+def plain_message(error: Exception) -> str | None:
+    """
+    What to say instead of a stack, or None where the stack is wanted.
+
+    Said plainly are what the system or the Hub refuses (OSError), losses that are not finite, broken pictures, and a
+    ValueError that comes before training (flags, sizes, data sets, checkpoints) or from a check of ours. What torch or
+    transformers raise in training is a bug until shown otherwise.
+    """
+    text = str(error)
+    frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+    raised_in = frames[-1].co_filename if frames else ""
+    if text.startswith("Caught ") and "DataLoader worker" in text:
+        # The error of a data loader's worker, as text, with its stack: the last file, and the message at the end.
+        raised_in = ([""] + re.findall(r'^  File "(.*?)", line', text, flags=re.MULTILINE))[-1]
+        text = re.split(r"^[\w.]*Error: ", text, flags=re.MULTILINE)[-1].strip()
+    before_training = Trainer.train.__code__ not in frames
+    if isinstance(error, OSError | NonFiniteLossError | BrokenPictureError):
+        return text
+    if isinstance(error, ValueError) and (before_training or raised_in.startswith(_PACKAGE)):
+        return text
+    return None

@@ -1,0 +1,375 @@
+"""Flags, presets and recipes; defaults of training; and which errors are said without a stack."""
+
+import json
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+from hf_mim.data.arguments import DataArguments
+from hf_mim.data.pictures import BrokenPictureError
+from hf_mim.training.arguments import MIMTrainingArguments
+from hf_mim.training.building import build_config, parse_overrides
+from hf_mim.training.command import ModelArguments, parse_arguments
+from hf_mim.training.errors import plain_message
+from hf_mim.training.presets import PRESETS, preset_training
+from hf_mim.training.trainer import NonFiniteLossError
+from tiny_training import REPOSITORY, tiny_arguments, tiny_config, tiny_trainer
+
+CLASSES = (ModelArguments, DataArguments, MIMTrainingArguments)
+
+
+def parse(*argv: str, tmp_path="/tmp/unused"):
+    return parse_arguments(CLASSES, [*argv, f"--output_dir={tmp_path}"])
+
+
+def recipe(folder, text, suffix="yaml") -> str:
+    path = folder / f"recipe.{suffix}"
+    path.write_text(text if isinstance(text, str) else json.dumps(text))
+    return str(path)
+
+
+class TestDefaults:
+    def test_fit_masked_image_modelling(self, tmp_path):
+        args = MIMTrainingArguments(output_dir=str(tmp_path))
+        wanted = {
+            "max_grad_norm": 0.0,
+            "adam_beta1": 0.9,
+            "adam_beta2": 0.95,
+            "weight_decay": 0.05,
+            "lr_scheduler_type": "cosine",
+            "dataloader_drop_last": True,
+            "remove_unused_columns": False,
+            "ddp_find_unused_parameters": False,
+            "logging_nan_inf_filter": False,
+            "report_to": [],
+        }
+        assert {name: getattr(args, name) for name in wanted} == wanted
+
+    def test_learning_rate_scales_with_the_effective_batch(self, tmp_path, monkeypatch):
+        settings = {"base_learning_rate": 1e-3, "per_device_train_batch_size": 64, "gradient_accumulation_steps": 2}
+        args = tiny_arguments(tmp_path, **settings)
+        assert args.effective_batch_size == 128
+        assert args.learning_rate == pytest.approx(5e-4)
+        monkeypatch.setattr(MIMTrainingArguments, "world_size", property(lambda args: 8))
+        assert tiny_arguments(tmp_path, **settings).learning_rate == pytest.approx(4e-3)
+
+    def test_explicit_learning_rate_wins(self, tmp_path):
+        assert tiny_arguments(tmp_path, learning_rate=0.125).learning_rate == 0.125
+        assert tiny_arguments(tmp_path, learning_rate=0.0).learning_rate == 0.0
+
+    def test_batch_size_that_is_looked_for_has_no_scaled_rate(self, tmp_path):
+        with pytest.raises(ValueError, match="Give learning_rate"):
+            tiny_arguments(tmp_path, auto_find_batch_size=True)
+        assert tiny_arguments(tmp_path, auto_find_batch_size=True, learning_rate=1e-3).learning_rate == 1e-3
+
+
+class TestPrecision:
+    @pytest.fixture(autouse=True)
+    def no_launcher(self, monkeypatch):
+        monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+
+    @pytest.mark.parametrize("supported", [True, False])
+    def test_follows_the_hardware_if_not_asked(self, tmp_path, monkeypatch, supported):
+        monkeypatch.setattr("hf_mim.training.arguments.supports_bf16", lambda use_cpu: supported)
+        args = MIMTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+        assert args.bf16 is supported
+        assert args.mixed_precision == ("bf16" if supported else "no")
+
+    @pytest.mark.parametrize("wanted", [True, False])
+    def test_asked_for(self, tmp_path, monkeypatch, wanted):
+        monkeypatch.setattr("hf_mim.training.arguments.supports_bf16", lambda use_cpu: not wanted)
+        args = parse(f"--bf16={wanted}", "--use_cpu", tmp_path=tmp_path)[2]
+        assert args.bf16 is wanted and args.mixed_precision == ("bf16" if wanted else "no")
+
+    @pytest.mark.parametrize(
+        ("launched", "asked", "precision"),
+        [("no", None, "bf16"), ("bf16", None, "bf16"), ("bf16", False, "no"), ("fp16", None, "fp16")],
+    )
+    def test_the_launcher_is_asked_next(self, tmp_path, monkeypatch, launched, asked, precision):
+        monkeypatch.setattr("hf_mim.training.arguments.supports_bf16", lambda use_cpu: True)
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+        args = MIMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=asked)
+        assert args.mixed_precision == precision
+        assert args.bf16 is (precision == "bf16")
+
+    def test_cpu_instructions_decide(self, monkeypatch):
+        from hf_mim.training.arguments import supports_bf16
+
+        for avx512, amx in ((False, False), (True, False), (False, True)):
+            monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=avx512: answer)
+            monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda answer=amx: answer)
+            assert supports_bf16(use_cpu=True) is (avx512 or amx)
+
+
+class TestRecipes:
+    def test_defaults_then_preset_then_recipe_then_flags(self, tmp_path):
+        path = recipe(tmp_path, "preset: small\nwarmup_epochs: 5\nweight_decay: 1e-3\nmask_ratio: 0.6\n")
+        model, data, training = parse(path, "--weight_decay=0.2", tmp_path=tmp_path)
+        small = preset_training("small")
+        assert (model.preset, model.mask_ratio) == ("small", 0.6)
+        assert training.warmup_epochs == 5 != small["warmup_epochs"]
+        assert training.num_train_epochs == small["num_train_epochs"]
+        assert training.per_device_train_batch_size == small["per_device_train_batch_size"]
+        assert training.weight_decay == 0.2
+        assert training.adam_beta2 == 0.95
+        assert data.crop_scale_min == 0.2
+
+    def test_preset_of_a_flag_beats_the_recipes(self, tmp_path):
+        model, _, training = parse(recipe(tmp_path, "preset: small"), "--preset", "tiny", tmp_path=tmp_path)
+        assert model.preset == "tiny"
+        assert training.num_train_epochs == preset_training("tiny")["num_train_epochs"]
+
+    def test_values_are_read_as_flags_are(self, tmp_path):
+        text = """
+        base_learning_rate: 1e-3
+        image_size: 32
+        patch_size: [8, 4]
+        label_column_names: colour
+        horizontal_flip: false
+        dataloader_num_workers: 0
+        config_overrides: {hidden_size: 48, decoder_final_norm: false, hidden_act: relu}
+        image_mean: auto
+        image_std: [0.5, 1e-1, -0]
+        bf16: yes
+        run_name: --odd
+        """.replace("-0]", "0.2]")
+        model, data, training = parse(recipe(tmp_path, text), tmp_path=tmp_path)
+        assert training.base_learning_rate == 1e-3 and training.bf16 is True and training.run_name == "--odd"
+        assert data.image_size == [32] and data.image_mean == "auto" and data.image_std == [0.5, 0.1, 0.2]
+        assert data.label_column_names == ["colour"] and data.horizontal_flip is False
+        assert model.patch_size == [8, 4]
+        config = build_config(model, data.image_height_width, data.num_channels)
+        assert (config.hidden_size, config.decoder_final_norm, config.hidden_act) == (48, False, "relu")
+        assert config.patch_size == [8, 4]
+
+    def test_json_is_the_same(self, tmp_path):
+        settings = {"preset": "small", "image_size": [32, 64], "max_steps": 7, "config_overrides": {"hidden_size": 48}}
+        by_json = parse(recipe(tmp_path, settings, "json"), tmp_path=tmp_path)
+        by_yaml = parse(recipe(tmp_path, settings, "yaml"), tmp_path=tmp_path)
+        assert by_json == by_yaml
+        assert by_json[1].image_size == [32, 64] and by_json[2].max_steps == 7
+
+    def test_null_is_the_default(self, tmp_path):
+        training = parse(recipe(tmp_path, "preset: small\nwarmup_epochs: null"), tmp_path=tmp_path)[2]
+        assert training.warmup_epochs is None
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("learning_rat: 1\nbatch: 3", "unknown flags: batch, learning_rat"),
+            ("- 1\n- 2", "not a table"),
+            ("a: [1", "cannot be read"),
+            ("max_steps: 2.5", "--max_steps.*invalid int value: '2.5'"),
+            ("image_size: [a]", "--image_size.*invalid int value: 'a'"),
+            ("bf16: perhaps", "perhaps"),
+        ],
+    )
+    def test_mistakes_are_named(self, tmp_path, text, message):
+        with pytest.raises(ValueError, match=message):
+            parse(recipe(tmp_path, text))
+
+    def test_recipe_that_is_not_there(self):
+        with pytest.raises(ValueError, match="no recipe nowhere.yaml"):
+            parse("nowhere.yaml")
+
+    @pytest.mark.parametrize(
+        "path", sorted((REPOSITORY / "examples" / "recipes").iterdir()), ids=lambda path: path.stem
+    )
+    def test_ours_can_be_read(self, path, tmp_path):
+        model, data, _ = parse(str(path), tmp_path=tmp_path)
+        build_config(model, data.image_height_width, data.num_channels)
+
+    # Whoever types the weaker of two flags means it.
+    @pytest.mark.parametrize(
+        ("text", "flags", "wanted"),
+        [
+            ("preset: small", ["--warmup_steps=10"], {"warmup_epochs": None, "warmup_steps": 10}),
+            ("preset: small\nwarmup_steps: 10", [], {"warmup_epochs": None, "warmup_steps": 10}),
+            ("warmup_epochs: 2", ["--warmup_steps=10"], {"warmup_epochs": None, "warmup_steps": 10}),
+            ("warmup_epochs: 2\nwarmup_steps: 10", [], {"warmup_epochs": 2, "warmup_steps": 10}),
+            ("warmup_steps: 2", ["--warmup_epochs=1"], {"warmup_epochs": 1, "warmup_steps": 2}),
+            (
+                "learning_rate: 1.0",
+                ["--base_learning_rate=2.56", "--per_device_train_batch_size=1"],
+                {"learning_rate": 0.01},
+            ),
+            ("learning_rate: 1.0", [], {"learning_rate": 1.0}),
+            ("max_steps: 7", ["--num_train_epochs=3"], {"max_steps": -1, "num_train_epochs": 3}),
+            ("num_train_epochs: 3", ["--max_steps=7"], {"max_steps": 7}),
+        ],
+    )
+    def test_flag_beats_what_would_take_precedence_over_it(self, tmp_path, text, flags, wanted):
+        training = parse(recipe(tmp_path, text), *flags, tmp_path=tmp_path)[2]
+        assert {name: getattr(training, name) for name in wanted} == pytest.approx(wanted)
+
+
+class TestFlags:
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--learning_rat=1"], "no flag --learning_rat=1"),
+            (["--learning-rat", "1"], "no flag --learning-rat 1"),
+            (["stray"], "no flag stray"),
+            (["--max_steps=many"], "--max_steps.*'many'"),
+            (["--config_overrides"], "expected one argument"),
+            (["--streaming"], "needs --dataset_name"),
+        ],
+    )
+    def test_mistakes_are_one_line(self, flags, message):
+        with pytest.raises(ValueError, match=message) as error:
+            parse(*flags)
+        assert "\n" not in str(error.value) and "usage" not in str(error.value)
+
+    def test_help(self, capsys):
+        with pytest.raises(SystemExit) as exit_:
+            parse("--help")
+        assert exit_.value.code == 0
+        out = capsys.readouterr().out
+        assert all(
+            f"--{flag}" in out for flag in ("model_type", "preset", "train_dir", "base_learning_rate", "max_steps")
+        )
+
+    @pytest.mark.parametrize("preset", PRESETS)
+    def test_presets(self, preset):
+        model, data, training = parse(f"--preset={preset}")
+        config = build_config(model, data.image_height_width, data.num_channels)
+        config.check_sizes()
+        assert {name: getattr(training, name) for name in preset_training(preset)} == pytest.approx(
+            preset_training(preset), abs=0
+        )
+
+
+class TestConfigOfFlags:
+    def config(self, *flags: str):
+        model, data, _ = parse(*flags)
+        return build_config(model, data.image_height_width, data.num_channels)
+
+    @pytest.mark.parametrize(
+        ("text", "wanted"),
+        [
+            (None, {}),
+            ("a=1", {"a": 1}),
+            ("a=1,b=[2,3],c=mean", {"a": 1, "b": [2, 3], "c": "mean"}),
+            ("a=False, b=true,c=None,d=1e-3", {"a": False, "b": True, "c": None, "d": 1e-3}),
+            ('{"a": [1, 2], "b": null}', {"a": [1, 2], "b": None}),
+        ],
+    )
+    def test_overrides(self, text, wanted):
+        assert parse_overrides(text) == wanted
+
+    def test_flags_reach_the_config(self):
+        flags = ["--image_size", "32", "64", "--patch_size=8", "--mask_ratio=0.5", "--num_channels=2"]
+        config = self.config(*flags, "--config_overrides=hidden_size=48,pooling=mean")
+        assert (config.image_size, config.patch_size) == ([32, 64], [8, 8])
+        assert (config.mask_ratio, config.num_channels, config.hidden_size, config.pooling) == (0.5, 2, 48, "mean")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--preset=gigantic"], "preset is 'gigantic'; expected one of tiny, small"),
+            (["--model_type=mae"], "model_type is 'mae'; expected one of pilamim"),
+            (["--config_overrides=hidden_sise=3"], "PiLaMIMConfig has no field hidden_sise"),
+            (["--config_overrides=hidden_size"], "expected name=value"),
+            (["--config_overrides={hidden_size: 3}"], "--config_overrides.*not JSON"),
+            (["--config_overrides=hidden_size=wide"], "hidden_size"),
+            (["--config_overrides=num_attention_heads=5"], "192.*5|5.*192"),
+            (["--image_size=30", "--patch_size=4"], "30.*4|4.*30"),
+            (["--mask_ratio=1"], "mask_ratio is 1"),
+            (["--mask_ratio=0.999"], "mask_ratio"),
+        ],
+    )
+    def test_mistakes_are_named(self, flags, message):
+        with pytest.raises(ValueError, match=message) as error:
+            self.config(*flags)
+        assert "\n" not in str(error.value)
+
+    @pytest.fixture
+    def vit(self, tmp_path):
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+        ViTModel(ViTConfig(image_size=16, patch_size=4, **sizes)).save_pretrained(tmp_path / "vit")
+        return str(tmp_path / "vit")
+
+    def test_sizes_of_the_weights(self, vit):
+        config = self.config(f"--model_name_or_path={vit}")
+        wanted = (32, 2, 48, 16, 4)
+        assert (
+            config.hidden_size,
+            config.num_hidden_layers,
+            config.intermediate_size,
+            config.image_size,
+            config.patch_size,
+        ) == wanted
+        assert config.position_embedding == "learned"
+        self.config(f"--model_name_or_path={vit}", "--image_size=16", "--patch_size=4")
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--image_size=32"], r"image_size: \(32, 32\) is asked for, and .* has \(16, 16\)"),
+            (["--patch_size=8"], r"patch_size: \(8, 8\) is asked for"),
+            (["--num_channels=1"], "num_channels: 1 is asked for.*Pass --num_channels 3"),
+            (["--config_overrides=hidden_size=64"], "hidden_size: 64 is asked for"),
+        ],
+    )
+    def test_other_sizes_than_the_weights(self, vit, flags, message):
+        with pytest.raises(ValueError, match=message):
+            self.config(f"--model_name_or_path={vit}", *flags)
+
+    def test_all_of_the_same_methods_weights(self, tmp_path):
+        """The decoders too, though the preset has others."""
+        tiny_config(mask_ratio=0.5, ema_momentum=0.9).save_pretrained(tmp_path)
+        config = self.config(f"--model_name_or_path={tmp_path}", "--config_overrides=ema_momentum=0.95")
+        assert (config.decoder_hidden_size, config.decoder_num_hidden_layers, config.mask_ratio) == (16, 1, 0.5)
+        assert config.ema_momentum == 0.95
+        assert self.config(f"--model_name_or_path={tmp_path}", "--mask_ratio=0.6").mask_ratio == 0.6
+
+
+def raised(function) -> Exception:
+    try:
+        function()
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+class TestPlainMessages:
+    def test_ours_and_the_systems(self, tmp_path):
+        assert "model_type" in plain_message(raised(lambda: TestConfigOfFlags().config("--model_type=x")))
+        assert "nowhere" in plain_message(raised((tmp_path / "nowhere").read_text))
+        assert plain_message(NonFiniteLossError("step 3")) == "step 3"
+
+    def test_bugs_keep_their_stack(self):
+        assert plain_message(raised(lambda: torch.zeros(2) + torch.zeros(3))) is None
+        assert plain_message(raised(lambda: {}["a"])) is None
+
+    def test_in_training_only_our_own(self, tmp_path):
+        def trainer(error):
+            found = tiny_trainer(tmp_path, max_steps=1)
+
+            def forward(*args, **kwargs):
+                raise error
+
+            found.model.forward = forward
+            return found
+
+        # This file is no part of hf_mim: as if torch or transformers had raised it.
+        assert plain_message(raised(trainer(ValueError("a bug")).train)) is None
+        assert plain_message(raised(trainer(RuntimeError("a bug")).train)) is None
+        assert plain_message(raised(trainer(BrokenPictureError("a.png: empty")).train)) == "a.png: empty"
+        few = tiny_trainer(tmp_path, per_device_train_batch_size=64)
+        assert "20 pictures, fewer than the 64" in plain_message(raised(few.train))
+
+    @pytest.mark.parametrize("bad", [0, float("nan")], ids=["channels", "broken"])
+    def test_a_workers_error_is_its_last_line(self, tmp_path, bad):
+        from hf_mim.data.sources import PictureDataset
+        from tiny_training import pictures, tiny_data
+
+        values = list(pictures().astype("float32"))
+        values[7] = values[7][..., :2] if bad == 0 else values[7] * bad
+        data = tiny_data()
+        data.pictures = PictureDataset(values, 3, source="list")
+        trainer = tiny_trainer(tmp_path, data=data, dataloader_num_workers=1, num_train_epochs=1)
+        message = plain_message(raised(trainer.train))
+        assert message is not None and "Traceback" not in message and "\n" not in message
+        assert "7" in message

@@ -1,0 +1,184 @@
+"""Two processes on the CPU: the losses and weights of one process with the same effective batch."""
+
+import json
+import socket
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_training import FLAGS, RUN_MIM, losses, run, write_pictures
+
+# 22 pictures less one held out: 5 steps of 4 in an epoch, and one left over.
+EPOCHS = ["--num_train_epochs=2", "--save_strategy=no", "--eval_strategy=no"]
+PARTS = ("loss", "loss_pixel", "loss_latent", "loss_cls")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def torchrun(*command: str) -> list[str]:
+    port = f"--master_port={free_port()}"
+    return ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_addr=127.0.0.1", port, *command]
+
+
+def accelerate_launch(*command: str) -> list[str]:
+    port = f"--main_process_port={free_port()}"
+    return ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", port, *command]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 22)
+
+
+@pytest.fixture(scope="module")
+def one_process(folder, tmp_path_factory):
+    """The run that all others are compared with: one process, batches of 4."""
+    from hf_mim.training.pretraining import main
+
+    out = tmp_path_factory.mktemp("one")
+    assert main([*FLAGS, *EPOCHS, f"--train_dir={folder}", f"--output_dir={out}"]) == 0
+    return out
+
+
+def assert_same_run(out, other) -> None:
+    steps, reference = torch.tensor(losses(out, *PARTS)), torch.tensor(losses(other, *PARTS))
+    assert len(reference) == 10
+    torch.testing.assert_close(steps, reference, rtol=0, atol=1e-5)
+    weights, wanted = load_file(out / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights.keys() == wanted.keys()
+    for name, value in weights.items():
+        if name.endswith("k_proj.bias"):
+            continue  # without effect: softmax cancels it, and Adam turns the rounding of its zero gradient into steps
+        torch.testing.assert_close(
+            value, wanted[name], rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+def test_accumulation_equals_one_batch(folder, one_process, tmp_path):
+    from hf_mim.training.pretraining import main
+
+    flags = ["--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"]
+    assert main([*FLAGS, *EPOCHS, *flags, f"--train_dir={folder}", f"--output_dir={tmp_path}"]) == 0
+    assert_same_run(tmp_path, one_process)
+
+
+@pytest.mark.parametrize("launcher", [torchrun, accelerate_launch], ids=["torchrun", "accelerate"])
+def test_two_processes_equal_one(folder, one_process, tmp_path, launcher):
+    flags = [*FLAGS, *EPOCHS, "--per_device_train_batch_size=2", f"--train_dir={folder}", f"--output_dir={tmp_path}"]
+    result = run(launcher(RUN_MIM, *flags))
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path, one_process)
+    assert "unused" not in result.stderr
+    # Said by one process only.
+    for text in ("PiLaMIM:", "The model is in", "'train_runtime'", "k-NN accuracy"):
+        assert result.stdout.count(text) == 1, result.stdout
+    state = json.loads((tmp_path / "trainer_state.json").read_text())
+    assert [log["step"] for log in state["log_history"] if "loss" in log] == list(range(1, 11))
+
+
+def test_resuming_in_the_middle_of_an_epoch(folder, one_process, tmp_path):
+    """Stopped after 7 of 10 steps; then set_epoch reaches the sampler through neither shards nor skipped batches."""
+    code = """
+import sys
+from transformers import TrainerCallback
+from hf_mim.training import pretraining
+
+class Stop(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 7:
+            control.should_save = control.should_training_stop = True
+
+class Trainer(pretraining.MIMTrainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, callbacks=[Stop()], **kwargs)
+
+pretraining.MIMTrainer = Trainer
+sys.exit(pretraining.main())
+"""
+    script = tmp_path / "stopping.py"
+    script.write_text(code)
+    out = tmp_path / "out"
+    flags = [*FLAGS, *EPOCHS, "--per_device_train_batch_size=2", f"--train_dir={folder}", f"--output_dir={out}"]
+    result = run(torchrun(str(script), *flags))
+    assert result.returncode == 0 and (out / "checkpoint-7" / "rng_state_1.pth").exists(), result.stderr
+    result = run(torchrun(RUN_MIM, *flags))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Resuming from") == 1
+    assert_same_run(out, one_process)
+
+
+def test_stream_is_shared_out(tmp_path):
+    """Each process reads its own pictures; together they have read all, and none twice."""
+    script = tmp_path / "streaming.py"
+    script.write_text("""
+import json, sys
+sys.path.insert(0, "tests")
+import torch
+from test_trainer import Stream
+from tiny_training import tiny_data, tiny_trainer
+from hf_mim.data.pretraining import StreamingPretrainingDataset
+
+class Recording(Stream):
+    read = []
+    def shard(self, num_shards, index):
+        return Recording(self.rows[index::num_shards])
+    def __iter__(self):
+        Recording.read += list(self.rows)
+        return super().__iter__()
+
+folder = sys.argv[1]
+import os
+rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+data = StreamingPretrainingDataset(Recording(), tiny_data().transform, rank=rank, num_processes=world)
+used = []
+trainer = tiny_trainer(folder, data=data, max_steps=4, per_device_train_batch_size=2)
+step = trainer.training_step
+def counting(model, inputs, *rest):
+    used.append(len(inputs["noise"]))
+    return step(model, inputs, *rest)
+trainer.training_step = counting
+trainer.train()
+json.dump([Recording.read, used], open(f"{folder}/rank{rank}.json", "w"))
+""")
+    result = run(torchrun(str(script), str(tmp_path)))
+    assert result.returncode == 0, result.stderr
+    (read, used), (other_read, other_used) = (
+        json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)
+    )
+    # Once or twice, since batches are read ahead.
+    assert set(read) == set(range(0, 20, 2)) and set(other_read) == set(range(1, 20, 2))
+    assert used == other_used == [2] * 4
+
+
+def test_first_bad_step_and_weights_of_any_process(tmp_path):
+    """Process 1 meets an infinite loss; both stop, and name its step."""
+    script = tmp_path / "bad.py"
+    script.write_text("""
+import os, sys
+sys.path.insert(0, "tests")
+from test_trainer import with_bad_picture
+from tiny_training import tiny_trainer
+from hf_mim.training.errors import plain_message
+
+# With batches of 1 and this order, process 1 has picture 5 at step 3.
+from hf_mim.data.pretraining import EpochSampler
+EpochSampler.__iter__ = lambda self: iter([(0, index) for index in range(20)])
+trainer = tiny_trainer(
+    sys.argv[1], data=with_bad_picture(5), per_device_train_batch_size=1, logging_steps=100, save_strategy="steps",
+    save_steps=2, num_train_epochs=1,
+)
+try:
+    trainer.train()
+except Exception as error:
+    print(f"process {os.environ['RANK']}: {plain_message(error)}\\n", end="", flush=True)
+""")
+    result = run(torchrun(str(script), str(tmp_path)))
+    assert result.returncode == 0, result.stderr
+    for rank in range(2):
+        assert f"process {rank}: The loss of step 3 is not finite" in result.stdout
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
