@@ -17,9 +17,9 @@ import tempfile
 from pathlib import Path
 
 from PIL import Image
-from throughput import Case
 
 from hf_mim.data.scenes import render_scene
+from throughput import Case
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "run_mim.py"
 # Reads the clock at the first and the last log of a training run.

@@ -5,9 +5,9 @@ Training speed and memory of hf_mim's methods beside transformers' ViTMAE of the
     python benchmarks/throughput.py --preset tiny --batch_size 128 --rounds 10
 
 A step is forward, backward, AdamW, and the averaged target. Each round runs every case for a few steps in turn, beside
-a square matrix product, so that what else the machine does hits all alike; medians over rounds are reported. Peak memory
-is that of a process of its own per case, less what it held before the first step. `matmul` is the share of the
-machine's own matrix product rate (float32 or bfloat16, as the case) that the step's arithmetic reaches.
+a square matrix product, so that what else the machine does hits all alike; medians over rounds are reported. Peak
+memory is that of a process of its own per case, less what it held before the model was built. `matmul` is the share of
+the machine's own matrix product rate (float32 or bfloat16, as the case) that the step's arithmetic reaches.
 """
 
 import argparse
@@ -24,6 +24,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
+from hf_mim.models.vit.configuration_vit import as_pair
 from hf_mim.registry import METHODS, method_class
 from hf_mim.training.presets import PRESETS, preset_config
 
@@ -40,8 +41,7 @@ class Case:
         torch.manual_seed(0)
         self.model = build_model(self.method, preset).to(device).train()
         config = self.model.config
-        height, width = config.image_size
-        patch_height, patch_width = (config.patch_size,) * 2 if isinstance(config.patch_size, int) else config.patch_size
+        (height, width), (patch_height, patch_width) = as_pair(config.image_size), as_pair(config.patch_size)
         self.pixel_values = torch.randn(batch_size, config.num_channels, height, width, device=device)
         self.noise = torch.rand(batch_size, (height // patch_height) * (width // patch_width), device=device)
         trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -75,11 +75,12 @@ class Case:
 
 def build_model(method: str, preset: str):
     if method in METHODS:
-        return method_class(method, "ForPreTraining")(method_class(method, "Config")(**preset_config(method, preset, None)))
+        config = method_class(method, "Config")(**preset_config(method, preset, None))
+        return method_class(method, "ForPreTraining")(config)
     fields = preset_config("pilamim", preset, None)
-    sizes = {name: fields[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size")}
-    patch_size = fields["patch_size"]
-    sizes["patch_size"] = patch_size if isinstance(patch_size, int) else patch_size[0]
+    sizes = {name: fields[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    # ViTMAE takes integers only.
+    sizes |= {"image_size": as_pair(fields["image_size"])[0], "patch_size": as_pair(fields["patch_size"])[0]}
     # MAE's own decoder (8 x 512) where the preset has none of its own.
     decoder = {name: value for name, value in fields.items() if name.startswith("decoder_")}
     intermediate = {"intermediate_size": 4 * sizes["hidden_size"]}

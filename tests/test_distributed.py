@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_training import FLAGS, RUN_MIM, losses, run, write_pictures
+from tiny_training import FLAGS, RUN_MIM, losses, run, tiny_config, tiny_trainer, write_pictures
 
 # 22 pictures less one held out: 5 steps of 4 in an epoch, and one left over.
 EPOCHS = ["--num_train_epochs=2", "--save_strategy=no", "--eval_strategy=no"]
@@ -182,3 +182,75 @@ except Exception as error:
     for rank in range(2):
         assert f"process {rank}: The loss of step 3 is not finite" in result.stdout
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+FSDP = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from hf_mim.training.checkpoints import checkpoint_to_resume
+from tiny_training import tiny_config, tiny_data, tiny_trainer
+
+# accelerate keeps FSDP for accelerators, and on a CPU trains without it. What is behind that door works on a CPU.
+stock = AcceleratorState.__init__
+def init(self, *args, fsdp_plugin=None, **kwargs):
+    stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    plugin = fsdp_plugin or self.__dict__.get("fsdp_plugin")
+    if plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+AcceleratorState.__init__ = init
+
+folder, kind = sys.argv[1:]
+config = tiny_config(ema_momentum=0.5)
+settings = dict(
+    config=config, max_steps=4, per_device_train_batch_size=2, save_strategy="steps", save_steps=2,
+    eval_data=tiny_data(6), eval_strategy="steps", eval_steps=2, save_total_limit=None,
+    fsdp=True, fsdp_config={"version": 2, "state_dict_type": kind},
+)
+
+def train(checkpoint=None):
+    trainer = tiny_trainer(folder, **settings)
+    assert trainer.is_fsdp_enabled
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer
+
+def weights(trainer):
+    values = trainer.model.state_dict()
+    assert all(isinstance(value, DTensor) for value in values.values())
+    return {name: value.full_tensor().clone() for name, value in values.items()}
+
+first = train()
+unbroken = weights(first)
+checkpoint = checkpoint_to_resume(folder, f"{folder}/checkpoint-2", config)
+resumed = train(checkpoint)
+for name, value in weights(resumed).items():
+    torch.testing.assert_close(value, unbroken[name], rtol=0, atol=0, msg=lambda text: f"{name}: {text}")
+resumed.save_model()
+"""
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
+def test_fsdp(tmp_path, kind):
+    """Version 2: weights, target and losses of one process; and its checkpoints resume to the bit."""
+    import hf_mim
+
+    script = tmp_path / "fsdp.py"
+    script.write_text(FSDP)
+    result = run(torchrun(str(script), str(tmp_path / "two"), kind))
+    assert result.returncode == 0, result.stderr
+    one = tiny_trainer(tmp_path / "one", config=tiny_config(ema_momentum=0.5), max_steps=4)
+    one.train()
+    saved = hf_mim.PiLaMIMForPreTraining.from_pretrained(tmp_path / "two")
+    assert saved.config.architectures == ["PiLaMIMForPreTraining"]
+    for name, value in one.model.state_dict().items():
+        if not name.endswith("k_proj.bias"):
+            torch.testing.assert_close(saved.state_dict()[name], value, rtol=0, atol=1e-5)
+    one.save_state()
+    state = json.loads((tmp_path / "two" / "checkpoint-4" / "trainer_state.json").read_text())
+    logs = [[log[name] for name in PARTS] for log in state["log_history"] if "loss" in log]
+    torch.testing.assert_close(
+        torch.tensor(logs), torch.tensor(losses(tmp_path / "one", *PARTS))[:, 1:], rtol=0, atol=1e-5
+    )

@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+from ..evaluation.report import describe_results, results_table
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS
 
 _PAPERS = {
-    "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image "
-    "Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
+    "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
+    "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
 }
 
 _TEMPLATE = """---
@@ -84,16 +85,8 @@ def write_card(folder: str | Path, config, training: dict[str, str], results: di
 def _results(results: dict | None) -> str:
     if results is None:
         return "Not evaluated: the training data was a stream."
-    labels = list(next(iter(results["knn"].values())))
-    lines = [
-        f"k-NN accuracy in % (cosine, k = 20; {results['num_train']} training pictures are the memory, "
-        f"{results['num_test']} held-out ones the test) and RankMe of the held-out features.",
-        "",
-        "| features | " + " | ".join([*labels, "RankMe"]) + " |",
-        "|---|" + "---|" * (len(labels) + 1),
-    ]
-    for name, scores in results["knn"].items():
-        rank = results["rank_me"].get(name)
-        cells = [f"{scores[label]:.1f}" for label in labels] + ["" if rank is None else f"{rank:.1f}"]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    head, *rows = results_table(results)
+    lines = [f"{describe_results(results)}; RankMe of the held-out features.", ""]
+    for row in (head, ["---"] * len(head), *rows):
+        lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)

@@ -81,7 +81,17 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
         return model_class._from_config(config, **kwargs)
     source = AutoConfig.from_pretrained(args.model_name_or_path)
     if source.model_type == args.model_type:
-        return model_class.from_pretrained(args.model_name_or_path, config=config, initialize_missing=True, **kwargs)
+        try:
+            return model_class.from_pretrained(
+                args.model_name_or_path, config=config, initialize_missing=True, **kwargs
+            )
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
+                raise
+            raise ValueError(
+                f"The decoders in {args.model_name_or_path} have other sizes than the flags ask for (see the report "
+                "above). Leave their sizes out of --config_overrides."
+            ) from error
     model = model_class._from_config(config, **kwargs)
     model.encoder.load_state_dict(_load_encoder(args.model_name_or_path).state_dict())
     missing = {name for name in model.state_dict() if not name.startswith("encoder.")}

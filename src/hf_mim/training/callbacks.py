@@ -88,14 +88,20 @@ class LogReconstructions(TrainerCallback):
     def __init__(self, trainer, batch: dict[str, torch.Tensor], mean, std):
         self.trainer, self.batch, self.mean, self.std = trainer, batch, mean, std
         self.last_path: Path | None = None
+        self._last_step: int | None = None
 
     def on_evaluate(self, args, state, control, **kwargs):
         self.draw(args, state)
 
-    def on_train_end(self, args, state, control, **kwargs):
-        self.draw(args, state)
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        # The last log. At on_train_end the writers are closed already.
+        if "train_loss" in logs:
+            self.draw(args, state)
 
     def draw(self, args, state) -> None:
+        if state.global_step == self._last_step:
+            return
+        self._last_step = state.global_step
         model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
         # On all processes: under FSDP the forward pass is a common effort.
         was_training = model.training

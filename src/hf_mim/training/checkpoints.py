@@ -65,10 +65,13 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} cannot be read ({error})"
         if not isinstance(content, dict) or not content.get(entry):
             return f"{name} has no {entry}"
-    # Under FSDP the weights and the optimiser's state are folders of shards instead.
-    sharded = any(path.is_dir() for path in folder.glob("pytorch_model_fsdp*"))
+    # Under FSDP there are folders of shards instead, or other names.
+    shards = [path for path in folder.glob("*_0") if path.is_dir()]
+    for path in shards:
+        if not (path / ".metadata").is_file():
+            return f"{path.name} is incomplete"
     weights = sorted(folder.glob("model*.safetensors"))
-    if not weights and not sharded:
+    if not weights and not shards:
         return "model.safetensors is missing"
     for path in weights:
         try:
@@ -76,10 +79,10 @@ def find_damage(folder: Path) -> str | None:
                 pass
         except (SafetensorError, OSError) as error:
             return f"{path.name} cannot be read ({error})"
-    archives = ["scheduler.pt"] + ([] if sharded else ["optimizer.pt"])
+    optimizers = [path.name for path in folder.glob("optimizer.*")] or ([] if shards else ["optimizer.pt"])
     # One of each process: more or fewer than there are now, if their number changed.
     random_states = [path.name for path in folder.glob("rng_state*.pth")] or ["rng_state.pth"]
-    for name in archives + random_states:
+    for name in ["scheduler.pt", *optimizers, *random_states]:
         if not (folder / name).is_file():
             return f"{name} is missing (was it saved with --save_only_model?)"
         if not zipfile.is_zipfile(folder / name):

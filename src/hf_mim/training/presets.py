@@ -1,8 +1,8 @@
 """Sizes of networks and schedules by name. Flags and recipes override every number."""
 
-# Encoders. Grids: 8 x 8 patches in tiny, whose patch follows the image size; 14 x 14 (16 x 16 in huge) elsewhere.
+# Encoders. Grids: about 8 x 8 patches in tiny, whose patch follows the image size; elsewhere 14 x 14, huge 16 x 16.
 _ENCODERS = {
-    "tiny": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6},
+    "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
     "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
@@ -14,11 +14,9 @@ _TINY_GRID = 8
 # What a method changes besides the encoder, by preset; elsewhere its config's defaults hold.
 _METHOD_FIELDS = {
     ("pilamim", "tiny"): {
-        "decoder_hidden_size": 96,
+        "decoder_hidden_size": 64,
         "decoder_num_hidden_layers": 2,
-        "decoder_num_attention_heads": 3,
-        # 0.996 would hardly move the target in a few hundred steps.
-        "ema_momentum": 0.98,
+        "decoder_num_attention_heads": 2,
     },
 }
 
@@ -27,7 +25,9 @@ _TRAINING = {"num_train_epochs": 800, "warmup_epochs": 40, "per_device_train_bat
 _TINY_TRAINING = {
     "num_train_epochs": 10,
     "per_device_train_batch_size": 128,
-    "base_learning_rate": 1e-3,
+    "base_learning_rate": 4e-3,
+    # Smaller crops change how many solids a scene shows and how near they are.
+    "crop_scale_min": 0.8,
     "logging_steps": 10,
     "save_strategy": "epoch",
 }
@@ -52,9 +52,14 @@ def preset_config(model_type: str, preset: str, image_size: tuple[int, int] | No
     default_size, patch_size = _IMAGE_AND_PATCH_SIZE.get(preset, (224, 16))
     image_size = image_size or (default_size, default_size)
     if patch_size is None:
-        patch_size = [max(1, side // _TINY_GRID) for side in image_size]
+        patch_size = [_nearest_divisor(side, side / _TINY_GRID) for side in image_size]
     sizes = {"image_size": list(image_size), "patch_size": patch_size}
     return _ENCODERS[preset] | sizes | _METHOD_FIELDS.get((model_type, preset), {})
+
+
+def _nearest_divisor(number: int, wanted: float) -> int:
+    divisors = [d for d in range(1, number + 1) if number % d == 0]
+    return min(divisors, key=lambda divisor: (abs(divisor - wanted), -divisor))
 
 
 def preset_training(preset: str) -> dict:

@@ -13,12 +13,13 @@ from transformers.utils import logging
 
 from ..data.arguments import DataArguments
 from ..data.image_processing import build_image_processor, evaluation_transform
-from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std
+from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
+from ..data.sources import PictureStream
 from ..data.transforms import PretrainingTransform, sample_generator
-from ..evaluation.features import extract_features, transformed_pictures
-from ..evaluation.knn import knn_accuracy, rank_me
+from ..evaluation.batches import transformed_pictures
 from ..evaluation.pictures import draw_loss_curves
+from ..evaluation.report import describe_results, evaluate_features, extract_features, results_table
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, method_class
@@ -31,7 +32,7 @@ from .errors import plain_message
 from .trainer import MIMTrainer
 
 _NUM_SHOWN = 8
-_MAX_KNN_TRAIN, _MAX_KNN_TEST = 10000, 4000
+_MAX_LABELLED, _MAX_TEST = 10000, 4000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,7 +68,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     with PartialState().main_process_first():
         pictures = load_pictures(data_args, seed=training_args.seed)
     for split in (pictures.train, pictures.validation):
-        check_pictures(split)
+        check_pictures(split, skip_broken=data_args.skip_broken_images)
     mean, std = resolve_mean_std(data_args, pictures.train)
     processor = build_image_processor(as_pair(config.image_size), config.num_channels, mean, std)
     train_data, held_out = build_datasets(data_args, training_args, config, pictures, processor, mean, std)
@@ -148,13 +149,13 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
 
 
 def write_results(trainer, data_args, pictures: PictureSplits, processor, reconstructions: Path | None) -> None:
-    """Writes loss curves, `features.json` and the model card, and says what the features are worth and where all is."""
+    """Writes loss curves, `features.json` and the card; says what the features are worth and where everything is."""
     folder = Path(trainer.args.output_dir)
     drawn = [reconstructions] if reconstructions is not None else []
     if draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png"):
         drawn.append(folder / "loss_curves.png")
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
-    results = evaluate_features(folder, config, pictures, processor, trainer.args)
+    results = evaluate(folder, config, pictures, processor, trainer.args)
     if results is not None:
         (folder / "features.json").write_text(json.dumps(results, indent=2) + "\n")
         say("\n" + format_results(results))
@@ -164,70 +165,44 @@ def write_results(trainer, data_args, pictures: PictureSplits, processor, recons
         say("Pictures: " + ", ".join(str(path) for path in drawn))
 
 
-def evaluate_features(folder, config, pictures: PictureSplits, processor, args) -> dict | None:
+def evaluate(folder, config, pictures: PictureSplits, processor, args) -> dict | None:
     """
-    k-NN accuracy for every label and RankMe, of raw pixels, the untrained network and the saved one.
+    What raw pixels, the untrained network and the saved one are worth, for every label.
 
-    At most 10,000 training pictures are the memory, and 4,000 held-out ones the test. None where the training data is
-    a stream, which cannot be gone through again.
+    At most 10,000 training pictures are the labelled ones, and 4,000 held-out ones the test. None where the training
+    data is a stream, which cannot be gone through again.
     """
-    if not hasattr(pictures.train, "select"):
+    if isinstance(pictures.train, PictureStream):
         return None
-    transform = evaluation_transform(processor, config.num_channels)
-    splits = [
-        data.select(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most].tolist())
-        for data, most in ((pictures.train, _MAX_KNN_TRAIN), (pictures.validation, _MAX_KNN_TEST))
-    ]
-    batches = [
-        torch.cat(list(transformed_pictures(data, transform, num_workers=args.dataloader_num_workers))).split(64)
-        for data in splits
-    ]
     set_seed(args.seed)
-    encoder_class = method_class(config.model_type, "ForPreTraining")
-    networks = {
-        "raw pixels": None,
-        "untrained network": encoder_class(config).encoder.to(args.device),
-        "trained network": AutoModel.from_pretrained(folder).to(args.device),
+    encoders = {
+        "untrained": method_class(config.model_type, "ForPreTraining")(config).encoder,
+        "trained": AutoModel.from_pretrained(folder),
     }
-    labels = [name for name in splits[0].labels if name in splits[1].labels]
-    results = {"num_train": len(splits[0]), "num_test": len(splits[1]), "knn": {}, "rank_me": {}}
-    for name, network in networks.items():
-        with quiet_autocast(args):
-            train, test = (extract_features(network, split) for split in batches)
-        if network is not None:
-            results["rank_me"][name] = rank_me(test)
-        results["knn"][name] = {
-            label: knn_accuracy(
-                train,
-                torch.as_tensor(splits[0].labels[label]),
-                test,
-                torch.as_tensor(splits[1].labels[label]),
-            )
-            for label in labels
-        }
-    return results
-
-
-def quiet_autocast(args):
-    """Features in bfloat16 where training was: twice as fast or more, and alike."""
-    if args.bf16:
-        return torch.autocast(args.device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
+    encoders = {name: encoder.to(args.device).eval() for name, encoder in encoders.items()}
+    transform = evaluation_transform(processor, config.num_channels)
+    features, labels = [], []
+    for data, most in ((pictures.train, _MAX_LABELLED), (pictures.validation, _MAX_TEST)):
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most]
+        data = without_broken(data.select(order.tolist()))
+        precision = torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
+        with precision:
+            batches = transformed_pictures(data, transform, num_workers=args.dataloader_num_workers)
+            features.append(extract_features(encoders, batches))
+        labels.append({name: torch.as_tensor(values) for name, values in data.labels.items()})
+    shared = [{name: split[name] for name in labels[0] if name in labels[1]} for split in labels]
+    return evaluate_features(*features, *shared)
 
 
 def format_results(results: dict) -> str:
     """The results as a table for the terminal."""
-    labels = list(next(iter(results["knn"].values())))
-    head = [f"k-NN accuracy, % ({results['num_train']} / {results['num_test']} pictures)", *labels, "RankMe"]
-    rows = [
-        [name, *(f"{scores[label]:.1f}" for label in labels), format(results["rank_me"].get(name, "-"), ".5")]
-        for name, scores in results["knn"].items()
+    rows = results_table(results)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
     ]
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = []
-    for row in [head, *rows]:
-        lines.append("  ".join([row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:])]))
-    return "\n".join(lines)
+    return "\n".join([describe_results(results), *lines])
 
 
 def count_parameters(model) -> str:

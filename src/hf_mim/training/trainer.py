@@ -1,6 +1,8 @@
 """A Trainer for every ForPreTraining model of hf_mim."""
 
 import shutil
+import signal
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,11 +52,22 @@ class MIMTrainer(Trainer):
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
         self.add_callback(_ModelHooks(self))
-        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version == 1:
+        if self.is_fsdp_enabled:
+            self._prepare_fsdp(self.accelerator.state.fsdp_plugin)
+        elif self.args.fsdp_plugin_args is not None:
+            logger.warning("FSDP is not for CPUs: accelerate leaves --fsdp out, and every process holds all weights.")
+
+    def _prepare_fsdp(self, plugin) -> None:
+        if plugin.fsdp_version == 1:
             raise ValueError(
                 "FSDP version 1 flattens parameters across sub-modules, so that an averaged target would be averaged "
                 'with other weights. Use version 2: --fsdp_config \'{"version": 2}\'.'
             )
+        if plugin.transformer_cls_names_to_wrap is None:
+            # accelerate shards the input embedding by itself, and fails if a module around it is sharded already.
+            embedding = self.model.get_input_embeddings()
+            around = {type(module).__name__ for module in self.model.modules() if embedding in module.modules()}
+            plugin.transformer_cls_names_to_wrap = sorted(set(self.model._no_split_modules) - around)
 
     # Data
 
@@ -70,8 +83,14 @@ class MIMTrainer(Trainer):
                 persistent_workers=self.args.dataloader_persistent_workers,
                 prefetch_factor=self.args.dataloader_prefetch_factor,
             )
-            device = self.accelerator.device
-            loader = prepare_data_loader(loader, device, num_processes=1, process_index=0, put_on_device=True)
+            loader = prepare_data_loader(
+                loader,
+                self.accelerator.device,
+                num_processes=1,
+                process_index=0,
+                put_on_device=True,
+                dispatch_batches=False,
+            )
         else:
             drop_last = self.args.dataloader_drop_last
             # Of held-out pictures none is left out.
@@ -84,7 +103,9 @@ class MIMTrainer(Trainer):
                 self.args.dataloader_drop_last = drop_last
         # An iterator draws the seed of its workers, which none of them uses. Drawn from the global generator it would
         # move stochastic depth's, and not in the same way after resuming.
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        inner = getattr(loader, "base_dataloader", loader)
+        inner.generator = torch.Generator()
+        inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
         return loader
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
@@ -219,6 +240,14 @@ class MIMTrainer(Trainer):
         self.check_losses()
         self.check_weights()
         super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
+            return
+        # The stock method leaves all to the shards, which only training can read.
+        if output_dir in (None, self.args.output_dir):
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        elif self.args.should_save:
+            self.model.config.save_pretrained(output_dir)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keeps the card that `pretraining.write_results` wrote, which the stock one would replace when pushing."""
@@ -235,8 +264,9 @@ class MIMTrainer(Trainer):
             folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            # torch's writer says RuntimeError when it cannot write.
-            if not isinstance(error, (OSError, SafetensorError, RuntimeError)):
+            # torch's writer says RuntimeError when it cannot write, and that comes from this file.
+            torch_cannot = isinstance(error, RuntimeError) and "inline_container" in str(error)
+            if not isinstance(error, OSError | SafetensorError) and not torch_cannot:
                 raise
             checkpoint = get_last_checkpoint(self.args.output_dir)
             kept = f"Training resumes from {checkpoint}" if checkpoint else "No earlier checkpoint is there"
@@ -244,6 +274,14 @@ class MIMTrainer(Trainer):
                 f"Writing the checkpoint {folder} failed ({error}); what was written of it is deleted. {kept}. Is the "
                 "disk full? Free some space and start the same command again."
             ) from error
+
+
+def _init_worker(init, worker_id: int) -> None:
+    # A signal to the whole process group must not take the pictures away from the step that is being finished.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    if init is not None:
+        init(worker_id)
 
 
 class LossMeter:

@@ -1,0 +1,22 @@
+"""Pictures as an image processor gives them, in batches."""
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+
+class _Transformed(Dataset):
+    def __init__(self, pictures, transform):
+        self.pictures, self.transform = pictures, transform
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(self.pictures[index])
+
+
+def transformed_pictures(pictures, transform: Callable, batch_size: int = 64, num_workers: int = 0) -> DataLoader:
+    """Batches (batch_size, channels, height, width) of `transform(picture)`, in order, the last one maybe smaller."""
+    return DataLoader(_Transformed(pictures, transform), batch_size=batch_size, num_workers=num_workers)

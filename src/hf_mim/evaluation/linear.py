@@ -1,0 +1,48 @@
+"""A quick linear probe: logistic regression on frozen features."""
+
+import torch
+from torch import nn
+
+
+def linear_probe_accuracy(
+    train_features: torch.Tensor,
+    train_labels: torch.Tensor,
+    test_features: torch.Tensor,
+    test_labels: torch.Tensor,
+    *,
+    weight_decay: float = 1e-3,
+    max_iterations: int = 100,
+) -> float:
+    """
+    Multinomial logistic regression on standardised features (a BatchNorm without affine, as in the papers' probes),
+    to convergence by L-BFGS: seconds instead of the papers' 100 epochs, and no learning rate to choose.
+
+    Args:
+        train_features (`torch.Tensor` of shape `(num_train, dim)`), test_features (`(num_test, dim)`).
+        train_labels (`torch.LongTensor` of shape `(num_train,)`), test_labels (`(num_test,)`): Classes, from 0.
+        weight_decay (`float`, defaults to 1e-3): Times half the squared weights, added to the mean cross-entropy.
+        max_iterations (`int`, defaults to 100): Of L-BFGS.
+
+    Returns:
+        `float`: share of `test_labels`, in percent, that is got right.
+    """
+    mean, std = train_features.mean(dim=0), train_features.std(dim=0, correction=0)
+    # A feature that never changes says nothing, and must not be divided by zero.
+    std = torch.where(std > 1e-6, std, 1.0)
+    train, test = (train_features - mean) / std, (test_features - mean) / std
+    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
+    bias = torch.zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(nn.functional.linear(train, weight, bias), train_labels)
+        loss = loss + 0.5 * weight_decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with torch.no_grad():
+        predicted = nn.functional.linear(test, weight, bias).argmax(dim=1)
+    return 100.0 * (predicted == test_labels).double().mean().item()

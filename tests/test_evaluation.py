@@ -1,0 +1,144 @@
+"""k-NN, linear probe, RankMe, feature extraction, pictures and the model card, against numbers worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tiny import tiny_config
+
+from hf_mim import PiLaMIMModel
+from hf_mim.evaluation.knn import knn_accuracy, knn_predict, rank_me
+from hf_mim.evaluation.linear import linear_probe_accuracy
+from hf_mim.evaluation.pictures import draw_loss_curves, draw_reconstructions, unnormalise
+from hf_mim.evaluation.report import evaluate_features, extract_features, results_table
+from hf_mim.hub.cards import write_card
+
+
+def test_knn_weighs_votes_by_similarity():
+    # One neighbour of class 0 at cosine 1, two of class 1 at cosine 0.8: exp(1 / t) against 2 exp(0.8 / t).
+    train = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.8, -0.6], [-1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 1])
+    query = torch.tensor([[5.0, 0.0]])
+    # The two outweigh the one above t = 0.2 / ln 2 = 0.2885.
+    assert knn_predict(train, labels, query, k=3, temperature=0.28).tolist() == [0]
+    assert knn_predict(train, labels, query, k=3, temperature=0.30).tolist() == [1]
+    assert knn_predict(train, labels, query, k=1, temperature=10.0).tolist() == [0]
+
+
+def test_knn_in_chunks_and_with_fewer_neighbours_than_k():
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(30, 8, generator=generator), torch.randn(17, 8, generator=generator)
+    labels = torch.arange(30) % 4
+    whole = knn_predict(train, labels, test)
+    assert torch.equal(whole, knn_predict(train, labels, test, chunk_size=5))
+    assert knn_predict(train, labels, test, k=1000).shape == (17,)
+    assert knn_accuracy(train, labels, train, labels, k=1) == 100.0
+    assert knn_accuracy(train, labels, test, whole) == 100.0
+    assert knn_accuracy(train, labels, test, (whole + 1) % 4) == 0.0
+
+
+def test_knn_without_labels_says_so():
+    with pytest.raises(ValueError, match="got 3 and 2"):
+        knn_predict(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long), torch.zeros(1, 2))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 8), st.integers(0, 10**6))
+def test_rank_me_of_equal_singular_values_is_their_number(rank, seed):
+    basis = torch.linalg.qr(torch.randn(20, 8, generator=torch.Generator().manual_seed(seed))).Q
+    features = 3.0 * basis[:, :rank] @ torch.eye(rank, 8)
+    assert rank_me(features) == pytest.approx(rank, rel=1e-3)
+
+
+def test_rank_me_by_its_formula():
+    p = [3 / 4 + 1e-7, 1 / 4 + 1e-7]
+    expected = math.exp(-sum(q * math.log(q) for q in p))
+    assert rank_me(torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_linear_probe_finds_what_is_linear_and_not_what_is_not():
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(2000, 6, generator=generator), torch.randn(1000, 6, generator=generator)
+    # A shift, a scale and a constant feature must not matter: features are standardised.
+    scale = torch.tensor([1.0, 100.0, 0.01, 1.0, 1.0, 0.0])
+
+    def linear(x):
+        return (x[:, 0] + x[:, 1] > 0).long()
+
+    def xor(x):
+        return ((x[:, 0] > 0) ^ (x[:, 1] > 0)).long()
+
+    probe = linear_probe_accuracy(train * scale + 7, linear(train), test * scale + 7, linear(test))
+    assert probe > 97
+    assert 35 < linear_probe_accuracy(train, xor(train), test, xor(test)) < 65
+
+
+def test_features_of_several_encoders_in_one_pass():
+    config = tiny_config("pilamim")
+    encoders = {name: PiLaMIMModel(config).eval() for name in ("a", "b")}
+    pictures = torch.randn(5, config.num_channels, *config.image_size)
+    features = extract_features(encoders, pictures.split(2))
+    hidden = encoders["b"](pictures).last_hidden_state
+    torch.testing.assert_close(features["b, [CLS]"], hidden[:, 0].detach())
+    torch.testing.assert_close(features["b, mean"], hidden[:, 1:].mean(1).detach())
+    assert not torch.equal(features["a, mean"], features["b, mean"])
+    # Raw pixels keep every pixel up to 32 by 32, and are averaged down beyond.
+    height, width = config.image_size
+    assert features["raw pixels"].shape == (5, config.num_channels * min(height, 32) * min(width, 32))
+    small = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
+    assert torch.equal(extract_features({}, [small])["raw pixels"], small.flatten(1))
+
+
+def test_results_as_table_and_card(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    labels = {"count": torch.arange(40) % 2}
+    train = {"raw pixels": torch.randn(40, 3, generator=generator)}
+    train["trained, mean"] = labels["count"].float().unsqueeze(1) * 10 + train["raw pixels"]
+    results = evaluate_features(train, train, labels, labels)
+    assert results["features"]["trained, mean"]["linear"]["count"] == 100.0
+    assert results["features"]["raw pixels"]["rank_me"] is None
+    table = results_table(results)
+    assert table[0] == ["features", "count", "RankMe"]
+    assert table[2][0] == "trained, mean" and table[2][1].endswith("/ 100.0") and table[1][2] == ""
+    card = write_card(tmp_path, tiny_config("pilamim"), {"steps": "7"}, results).read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "- steps: 7" in card and "| trained, mean |" in card and "PiLaMIM" in card
+    from huggingface_hub import ModelCard
+
+    assert ModelCard(card).data.pipeline_tag == "image-feature-extraction"
+    assert "Not evaluated" in write_card(tmp_path, tiny_config("pilamim"), {}, None).read_text()
+
+
+def test_reconstruction_sheet_shows_the_right_pixels():
+    mean, std = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
+    original, predicted = torch.full((2, 3, 96, 96), 1.0), torch.full((2, 3, 96, 96), -1.0)
+    mask = torch.zeros(2, 1, 96, 96)
+    mask[:, :, :, 48:] = 1
+    sheet = np.asarray(draw_reconstructions(original, mask, predicted, mean, std))
+    # Undone: 1 * 0.25 + 0.5 = 191 / 255, -1 gives 64 / 255, hidden is grey, 128 / 255.
+    left, right = 10, 80
+    columns = [98 * i for i in range(4)]
+    assert [sheet[10, c + left, 0] for c in columns] == [191, 191, 191, 64]
+    assert [sheet[10, c + right, 0] for c in columns] == [191, 128, 64, 64]
+    assert sheet.shape == (2 * 98 - 2, 4 * 98 - 2, 3)
+
+
+def test_unnormalise_inverts_and_clips():
+    picture = torch.rand(2, 5, 3, 4)
+    mean, std = torch.rand(5), torch.rand(5) + 0.1
+    normalised = (picture - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    torch.testing.assert_close(unnormalise(normalised, mean, std), picture)
+    assert unnormalise(torch.full((1, 1, 1, 1), 9.0), [0.5], [0.5]).item() == 1.0
+
+
+def test_loss_curves_are_drawn_when_there_is_something_to_draw(tmp_path):
+    path = tmp_path / "curves.png"
+    assert not draw_loss_curves([{"loss": 1.0, "step": 1}], path) and not path.exists()
+    history = [{"loss": 3.0 / s, "loss_pixel": 1.0 / s, "step": s} for s in (1, 2, 3)]
+    history.append({"eval_loss": 1.0, "eval_loss_pixel": 0.5, "step": 3})
+    assert draw_loss_curves(history, path)
+    assert np.asarray(Image.open(path).convert("L")).std() > 5
