@@ -67,7 +67,7 @@ def test_accumulation_equals_one_batch(folder, one_process, tmp_path):
     assert_same_run(tmp_path, one_process)
 
 
-@pytest.mark.parametrize("launcher", [torchrun, accelerate_launch], ids=["torchrun", "accelerate"])
+@pytest.mark.parametrize("launcher", [torchrun, pytest.param(accelerate_launch, marks=pytest.mark.slow)])
 def test_two_processes_equal_one(folder, one_process, tmp_path, launcher):
     flags = [*FLAGS, *EPOCHS, "--per_device_train_batch_size=2", f"--train_dir={folder}", f"--output_dir={tmp_path}"]
     result = run(launcher(RUN_MIM, *flags))
@@ -75,7 +75,7 @@ def test_two_processes_equal_one(folder, one_process, tmp_path, launcher):
     assert_same_run(tmp_path, one_process)
     assert "unused" not in result.stderr
     # Said by one process only.
-    for text in ("PiLaMIM:", "The model is in", "'train_runtime'", "k-NN accuracy"):
+    for text in ("PiLaMIM:", "The model is in", "'train_runtime'", "k-NN"):
         assert result.stdout.count(text) == 1, result.stdout
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert [log["step"] for log in state["log_history"] if "loss" in log] == list(range(1, 11))
@@ -112,6 +112,7 @@ sys.exit(pretraining.main())
     assert_same_run(out, one_process)
 
 
+@pytest.mark.slow
 def test_stream_is_shared_out(tmp_path):
     """Each process reads its own pictures; together they have read all, and none twice."""
     script = tmp_path / "streaming.py"
@@ -155,6 +156,7 @@ json.dump([Recording.read, used], open(f"{folder}/rank{rank}.json", "w"))
     assert used == other_used == [2] * 4
 
 
+@pytest.mark.slow
 def test_first_bad_step_and_weights_of_any_process(tmp_path):
     """Process 1 meets an infinite loss; both stop, and name its step."""
     script = tmp_path / "bad.py"
@@ -232,7 +234,8 @@ resumed.save_model()
 """
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", pytest.param("SHARDED_STATE_DICT", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
 def test_fsdp(tmp_path, kind):
     """Version 2: weights, target and losses of one process; and its checkpoints resume to the bit."""
     import hf_mim

@@ -120,11 +120,13 @@ def test_reconstruction_sheet_shows_the_right_pixels():
     mask[:, :, :, 48:] = 1
     sheet = np.asarray(draw_reconstructions(original, mask, predicted, mean, std))
     # Undone: 1 * 0.25 + 0.5 = 191 / 255, -1 gives 64 / 255, hidden is grey, 128 / 255.
-    left, right = 10, 80
-    columns = [98 * i for i in range(4)]
-    assert [sheet[10, c + left, 0] for c in columns] == [191, 191, 191, 64]
-    assert [sheet[10, c + right, 0] for c in columns] == [191, 128, 64, 64]
-    assert sheet.shape == (2 * 98 - 2, 4 * 98 - 2, 3)
+    rows = [98 * i + 10 for i in range(3)]
+    assert [sheet[row, 104 + 10, 0] for row in rows] == [191, 191, 191]
+    assert [sheet[row, 104 + 80, 0] for row in rows] == [191, 128, 64]
+    assert np.array_equal(sheet[:, 104:200], sheet[:, 202:298])
+    assert sheet.shape == (3 * 98, 104 + 2 * 98, 3)
+    # The rows are named.
+    assert all(sheet[98 * i : 98 * i + 96, :104].min() < 50 for i in range(3))
 
 
 def test_unnormalise_inverts_and_clips():

@@ -58,17 +58,16 @@ class TestProcess:
         assert result.returncode == 1
         assert "Traceback" in result.stderr and "size of tensor a" in result.stderr
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])
+    @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
     def test_interrupted_and_run_again(self, folder, tmp_path, number):
         """The checkpoint is written in the middle of an epoch, and the run ends as one that was not interrupted."""
         flags = [
             *FLAGS,
-            "--num_train_epochs=40",
+            "--num_train_epochs=20",
             "--save_strategy=no",
-            "--dataloader_num_workers=2",
             f"--train_dir={folder}",
         ]
-        first = [*flags, f"--output_dir={tmp_path / 'broken'}"]
+        first = [*flags, "--dataloader_num_workers=2", f"--output_dir={tmp_path / 'broken'}"]
         with subprocess.Popen(
             [sys.executable, RUN_MIM, *first],
             stdout=subprocess.PIPE,
@@ -82,8 +81,10 @@ class TestProcess:
                 for line in process.stdout:
                     if "'epoch': '1.6'" in line:
                         break
-                # As a terminal does, to all processes of the group, loading ones too.
-                os.killpg(process.pid, number)
+                if number == signal.SIGINT:  # as a terminal does, to all processes of the group, loading ones too
+                    os.killpg(process.pid, number)
+                else:
+                    process.send_signal(number)
                 out, err = process.communicate(timeout=120)
             except BaseException:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -93,7 +94,7 @@ class TestProcess:
         assert "the same command goes on from there" in out and "Traceback" not in err
         (checkpoint,) = (tmp_path / "broken").glob("checkpoint-*")
         step = int(checkpoint.name.split("-")[1])
-        assert 8 <= step < 200
+        assert 8 <= step < 100
         assert not (tmp_path / "broken" / "model.safetensors").exists()
         result = run([RUN_MIM, *first])
         assert result.returncode == 0 and f"Resuming from {checkpoint}" in result.stdout, result.stderr
@@ -187,7 +188,7 @@ class TestBrokenPictures:
             path.write_bytes(path.read_bytes()[:200])
         return tmp_path / "damaged"
 
-    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("workers", [0, 1])
     def test_are_named(self, damaged, tmp_path, capsys, workers):
         assert pretrain(damaged, tmp_path / "out", f"--dataloader_num_workers={workers}") == 1
         err = capsys.readouterr().err

@@ -102,7 +102,7 @@ def environment() -> dict[str, str]:
     # One thread each, so that sums have one order; the tests' own launchers must not pass settings on.
     dropped = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
 
 
 def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess:

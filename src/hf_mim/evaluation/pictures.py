@@ -4,10 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-_GAP = 2
-_TILE = 96
+_GAP, _TILE, _LABEL = 2, 96, 104
 
 
 def unnormalise(pixel_values: torch.Tensor, mean, std) -> torch.Tensor:
@@ -19,8 +18,8 @@ def unnormalise(pixel_values: torch.Tensor, mean, std) -> torch.Tensor:
 
 def draw_reconstructions(pixel_values, mask, predicted, mean, std) -> Image.Image:
     """
-    A sheet with one row a picture: original; what the encoder saw; what the model predicted, the patches it saw being
-    the originals; the prediction alone.
+    A sheet with one column a picture; rows: the original; what the encoder saw; the same with the model's predictions
+    in the place of the hidden patches.
 
     Args:
         pixel_values, predicted (`torch.Tensor` of shape `(num_pictures, channels, height, width)`): Normalised.
@@ -33,23 +32,33 @@ def draw_reconstructions(pixel_values, mask, predicted, mean, std) -> Image.Imag
     original, prediction = unnormalise(pixel_values, mean, std), unnormalise(predicted, mean, std)
     mask = mask.float().cpu()
     masked = original * (1 - mask) + 0.5 * mask
-    pasted = original * (1 - mask) + prediction * mask
-    columns = [_to_rgb(images) for images in (original, masked, pasted, prediction)]
-    return tile([[column[row] for column in columns] for row in range(len(original))])
+    reconstructed = original * (1 - mask) + prediction * mask
+    rows = {"original": original, "masked": masked, "reconstructed": reconstructed}
+    return label_rows({name: _to_rgb(images) for name, images in rows.items()})
 
 
-def tile(rows: list[list[np.ndarray]]) -> Image.Image:
-    """Pictures of equal size (height, width, 3), uint8, as a sheet; small ones are enlarged without blurring."""
-    height, width = rows[0][0].shape[:2]
+def label_rows(rows: dict[str, np.ndarray]) -> Image.Image:
+    """
+    A sheet of pictures with the name of each row on its left. Small pictures are enlarged without blurring.
+
+    Args:
+        rows: By name, `np.ndarray` of shape `(num_pictures, height, width, 3)`, uint8.
+    """
+    number, height, width = next(iter(rows.values())).shape[:3]
     scale = max(1, _TILE // min(height, width))
-    sheet = Image.new(
-        "RGB", (len(rows[0]) * (width * scale + _GAP) - _GAP, len(rows) * (height * scale + _GAP) - _GAP), "white"
-    )
-    for i, row in enumerate(rows):
-        for j, picture in enumerate(row):
-            enlarged = Image.fromarray(picture).resize((width * scale, height * scale), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (j * (width * scale + _GAP), i * (height * scale + _GAP)))
+    height, width = height * scale, width * scale
+    sheet = Image.new("RGB", (_LABEL + number * (width + _GAP), len(rows) * (height + _GAP)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, pictures) in enumerate(rows.items()):
+        draw.text((_LABEL - 6, i * (height + _GAP) + height // 2), name, "black", _font(), anchor="rm")
+        for j, picture in enumerate(pictures):
+            enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (_LABEL + j * (width + _GAP), i * (height + _GAP)))
     return sheet
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size=13)
 
 
 def _to_rgb(images: torch.Tensor) -> np.ndarray:
@@ -84,6 +93,9 @@ def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
             if points:
                 panel.plot(*zip(*points, strict=True), label=label, marker="o" if key != name else None, markersize=3)
         panel.set(title=name, xlabel="step")
+        if all(log[name] > 0 for log in log_history if name in log):
+            # The first steps would otherwise hide all that follows.
+            panel.set_yscale("log")
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
     figure.savefig(path, dpi=110)

@@ -46,6 +46,13 @@ class MIMTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Train in bfloat16 autocast. Default: where the hardware multiplies matrices in it."},
     )
+    cpu_threads: int | None = field(
+        default=None,
+        metadata={
+            "help": "Threads of each process on a CPU. Default: under accelerate launch and torchrun, which set 1, the "
+            "cores divided by the processes; else as torch has it."
+        },
+    )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (below 1: share of all)."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hides a loss that is not finite, at the price of a sync each step."}
@@ -74,6 +81,9 @@ class MIMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if asked_for_float32 and self.mixed_precision == "bf16":
             self.mixed_precision = "no"
+        threads = self.cpu_threads or default_cpu_threads()
+        if self.use_cpu and threads is not None:
+            torch.set_num_threads(threads)
         # Never asked of a pretraining model; gathering them would fill the memory.
         self.prediction_loss_only = True
         self.label_names = []
@@ -89,6 +99,15 @@ class MIMTrainingArguments(TrainingArguments):
     def effective_batch_size(self) -> int:
         """Pictures per optimiser step: per-device batch x devices x accumulation."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+def default_cpu_threads() -> int | None:
+    """The cores that fall to this process where a launcher set the number of threads to 1; None elsewhere."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
+        return None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def supports_bf16(use_cpu: bool) -> bool:

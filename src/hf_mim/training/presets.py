@@ -23,12 +23,12 @@ _METHOD_FIELDS = {
 # MAE's schedule, and one of minutes for tiny.
 _TRAINING = {"num_train_epochs": 800, "warmup_epochs": 40, "per_device_train_batch_size": 64}
 _TINY_TRAINING = {
-    "num_train_epochs": 10,
+    "num_train_epochs": 12,
     "per_device_train_batch_size": 128,
     "base_learning_rate": 4e-3,
     # Smaller crops change how many solids a scene shows and how near they are.
     "crop_scale_min": 0.8,
-    "logging_steps": 10,
+    "logging_steps": 25,
     "save_strategy": "epoch",
 }
 

@@ -1,8 +1,6 @@
 """A Trainer for every ForPreTraining model of hf_mim."""
 
 import shutil
-import signal
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,9 +101,7 @@ class MIMTrainer(Trainer):
                 self.args.dataloader_drop_last = drop_last
         # An iterator draws the seed of its workers, which none of them uses. Drawn from the global generator it would
         # move stochastic depth's, and not in the same way after resuming.
-        inner = getattr(loader, "base_dataloader", loader)
-        inner.generator = torch.Generator()
-        inner.worker_init_fn = partial(_init_worker, inner.worker_init_fn)
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         return loader
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
@@ -274,14 +270,6 @@ class MIMTrainer(Trainer):
                 f"Writing the checkpoint {folder} failed ({error}); what was written of it is deleted. {kept}. Is the "
                 "disk full? Free some space and start the same command again."
             ) from error
-
-
-def _init_worker(init, worker_id: int) -> None:
-    # A signal to the whole process group must not take the pictures away from the step that is being finished.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    if init is not None:
-        init(worker_id)
 
 
 class LossMeter:
