@@ -68,6 +68,10 @@ class TestPrecision:
     @pytest.fixture(autouse=True)
     def no_launcher(self, monkeypatch):
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+        # Arguments under a launcher choose the number of threads of the whole process.
+        threads = torch.get_num_threads()
+        yield
+        torch.set_num_threads(threads)
 
     @pytest.mark.parametrize("supported", [True, False])
     def test_follows_the_hardware_if_not_asked(self, tmp_path, monkeypatch, supported):

@@ -304,7 +304,10 @@ class TestTracking:
     def test_tensorboard(self, folder, tmp_path, monkeypatch):
         event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
         monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-        assert pretrain(folder, tmp_path / "out", "--report_to=tensorboard", "--eval_strategy=epoch") == 0
+        assert (
+            pretrain(folder, tmp_path / "out", "--report_to=tensorboard", "--eval_strategy=steps", "--eval_steps=4")
+            == 0
+        )
         events = event_accumulator.EventAccumulator(str(next((tmp_path / "board").rglob("events.*")).parent))
         events.Reload()
         scalars = events.Tags()["scalars"]
@@ -315,7 +318,7 @@ class TestTracking:
                 assert written == [(step, pytest.approx(value, rel=1e-5)) for step, value in wanted]
         assert {"eval/loss", "eval/loss_pixel", "eval/loss_latent", "eval/loss_cls"} <= set(scalars)
         assert "reconstructions" in events.Tags()["images"]
-        assert [event.step for event in events.Images("reconstructions")] == [5, 10]
+        assert [event.step for event in events.Images("reconstructions")] == [4, 8, 10]
 
     @pytest.mark.slow
     def test_trackio(self, folder, tmp_path):

@@ -1,6 +1,7 @@
 """The trainer: what a step does, what is logged, what resuming gives, and how it ends when something goes wrong."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -561,7 +562,10 @@ class TestInterrupt:
         monkeypatch.setattr("hf_mim.training.callbacks.time.monotonic", lambda: now[0])
         interrupt._request(2, None)
         now[0] = 100.5
-        interrupt._request(15, None)
+        try:
+            interrupt._request(15, None)
+        except KeyboardInterrupt:
+            pytest.fail("taken for a second request")
         assert interrupt.requested
         now[0] = 103.0
         with pytest.raises(KeyboardInterrupt):
@@ -575,6 +579,12 @@ class TestInterrupt:
         trainer.add_callback(SaveOnInterrupt(trainer))
         trainer.train()
         assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_fsdp_version_1_is_refused(tmp_path):
+    """Called by hand: accelerate itself fails where there is no accelerator. Version 2 is in test_distributed.py."""
+    with pytest.raises(ValueError, match="--fsdp_config '{\"version\": 2}'"):
+        tiny_trainer(tmp_path)._prepare_fsdp(SimpleNamespace(fsdp_version=1))
 
 
 def test_every_trained_weight_changes(tmp_path):

@@ -59,6 +59,9 @@ class MIMTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the last, smaller batch."})
+    dataloader_persistent_workers: bool = field(
+        default=True, metadata={"help": "Keep workers from epoch to epoch: each sample is asked for with its epoch."}
+    )
     remove_unused_columns: bool = field(default=False, metadata={"help": "Pictures come as tensors already."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every trained parameter gets a gradient, so nothing needs to be found."}
@@ -77,6 +80,8 @@ class MIMTrainingArguments(TrainingArguments):
             # `accelerate launch` always sets the variable, to "no" if it was not asked for anything.
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
             self.bf16 = launched == "bf16" or (launched == "no" and not self.fp16 and supports_bf16(self.use_cpu))
+        # torch refuses to keep workers that there are not.
+        self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
         asked_for_float32 = not self.bf16 and not self.fp16
         super().__post_init__()
         if asked_for_float32 and self.mixed_precision == "bf16":

@@ -59,7 +59,7 @@ class MIMTrainer(Trainer):
         if plugin.fsdp_version == 1:
             raise ValueError(
                 "FSDP version 1 flattens parameters across sub-modules, so that an averaged target would be averaged "
-                'with other weights. Use version 2: --fsdp_config \'{"version": 2}\'.'
+                "with other weights. Use version 2: --fsdp_config '{\"version\": 2}'."
             )
         if plugin.transformer_cls_names_to_wrap is None:
             # accelerate shards the input embedding by itself, and fails if a module around it is sharded already.
