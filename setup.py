@@ -6,16 +6,16 @@ from setuptools import find_packages, setup
 
 extras = {
     # Tracking runs beyond the files that every run writes.
-    "tracking": ["tensorboard>=2.20", "trackio>=0.2"],
+    "tracking": ["tensorboard>=2.21", "trackio>=0.43"],
     # t-SNE in the representation report.
-    "viz": ["scikit-learn>=1.7"],
+    "viz": ["scikit-learn>=1.9"],
     # Multiband pictures.
-    "tiff": ["tifffile>=2025.1"],
+    "tiff": ["tifffile>=2026.3", "imagecodecs>=2026.3"],
 }
 extras["dev"] = sorted(
     {
-        "hypothesis>=6.150",
-        "pytest>=9.0",
+        "hypothesis>=6.170",
+        "pytest>=9.2",
         "ruff==0.17.5",
         *(requirement for group in extras.values() for requirement in group),
     }
@@ -34,16 +34,17 @@ setup(
     # The lowest versions that were tried.
     install_requires=[
         "torch>=2.15",
+        "numpy>=2.4",
         "torchvision>=0.29",
         "transformers>=5.23,<6",
         "accelerate>=1.15",
         "datasets>=5.2",
         "evaluate>=0.4.6",
-        "safetensors>=0.6",
+        "safetensors>=0.8",
         "huggingface-hub>=2.4",
-        "matplotlib>=3.10",
-        "pillow>=12.0",
-        "pyyaml>=6.0",
+        "matplotlib>=3.11",
+        "pillow>=12.3",
+        "pyyaml>=6.0.3",
     ],
     extras_require=extras,
 )

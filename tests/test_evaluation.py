@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from tiny import tiny_config
 
 from hf_mim import PiLaMIMModel
 from hf_mim.evaluation.knn import knn_accuracy, knn_predict, rank_me
@@ -16,6 +15,7 @@ from hf_mim.evaluation.linear import linear_probe_accuracy
 from hf_mim.evaluation.pictures import draw_loss_curves, draw_reconstructions, unnormalise
 from hf_mim.evaluation.report import evaluate_features, extract_features, results_table
 from hf_mim.hub.cards import write_card
+from tiny import tiny_config
 
 
 def test_knn_weighs_votes_by_similarity():
@@ -104,13 +104,14 @@ def test_results_as_table_and_card(tmp_path):
     table = results_table(results)
     assert table[0] == ["features", "count", "RankMe"]
     assert table[2][0] == "trained, mean" and table[2][1].endswith("/ 100.0") and table[1][2] == ""
-    card = write_card(tmp_path, tiny_config("pilamim"), {"steps": "7"}, results).read_text()
+    card = write_card(tmp_path, "me/mine", tiny_config("pilamim"), {"steps": "7"}, results).read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
+    assert 'AutoModel.from_pretrained("me/mine")' in card
     assert "- steps: 7" in card and "| trained, mean |" in card and "PiLaMIM" in card
     from huggingface_hub import ModelCard
 
     assert ModelCard(card).data.pipeline_tag == "image-feature-extraction"
-    assert "Not evaluated" in write_card(tmp_path, tiny_config("pilamim"), {}, None).read_text()
+    assert "Not evaluated" in write_card(tmp_path, "me/mine", tiny_config("pilamim"), {}, None).read_text()
 
 
 def test_reconstruction_sheet_shows_the_right_pixels():

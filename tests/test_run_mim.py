@@ -29,7 +29,8 @@ def folder(tmp_path_factory):
 
 
 def pretrain(folder, out, *flags: str) -> int:
-    return main([*FLAGS, "--num_train_epochs=2", f"--train_dir={folder}", f"--output_dir={out}", *flags])
+    common = ["--num_train_epochs=2", "--dataloader_persistent_workers=false"]
+    return main([*FLAGS, *common, f"--train_dir={folder}", f"--output_dir={out}", *flags])
 
 
 class TestProcess:

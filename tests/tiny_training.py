@@ -67,6 +67,8 @@ def tiny_arguments(output_dir, **changes) -> MIMTrainingArguments:
         "use_cpu": True,
         "bf16": False,
         "dataloader_pin_memory": False,
+        # Of several loaders in one process torch takes 5 seconds to end each worker that was kept.
+        "dataloader_persistent_workers": False,
     }
     return MIMTrainingArguments(output_dir=str(output_dir), **(defaults | changes))
 

@@ -49,12 +49,13 @@ The folder holds the whole pretraining model: `AutoModelForPreTraining` goes on 
 """
 
 
-def write_card(folder: str | Path, config, training: dict[str, str], results: dict | None) -> Path:
+def write_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict | None) -> Path:
     """
     Writes `README.md`.
 
     Args:
         folder: Where the model was saved.
+        name (`str`): What to load it by: its repository on the Hub, or its folder.
         config: The model's.
         training (`dict[str, str]`): Settings worth telling, by name.
         results (`dict`, *optional*): As `evaluate_features` gives; None where features could not be evaluated.
@@ -69,7 +70,7 @@ def write_card(folder: str | Path, config, training: dict[str, str], results: di
             model_type=config.model_type,
             method=METHODS[config.model_type],
             paper=_PAPERS[config.model_type],
-            name=Path(folder).name,
+            name=name,
             width=config.hidden_size,
             depth=config.num_hidden_layers,
             height=height,

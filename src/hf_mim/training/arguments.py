@@ -49,8 +49,8 @@ class MIMTrainingArguments(TrainingArguments):
     cpu_threads: int | None = field(
         default=None,
         metadata={
-            "help": "Threads of each process on a CPU. Default: under accelerate launch and torchrun, which set 1, the "
-            "cores divided by the processes; else as torch has it."
+            "help": "Threads of each process on a CPU. Default: under accelerate launch and torchrun, which set 1, "
+            "the cores divided by the processes; else as torch has it."
         },
     )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (below 1: share of all)."})

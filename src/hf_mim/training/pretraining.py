@@ -159,7 +159,8 @@ def write_results(trainer, data_args, pictures: PictureSplits, processor, recons
     if results is not None:
         (folder / "features.json").write_text(json.dumps(results, indent=2) + "\n")
         say("\n" + format_results(results))
-    write_card(folder, config, describe_training(trainer, data_args, pictures), results)
+    name = trainer.args.hub_model_id or str(folder)
+    write_card(folder, name, config, describe_training(trainer, data_args, pictures), results)
     say(f"\nThe model is in {folder}: AutoModel.from_pretrained({str(folder)!r}) after `import hf_mim`.")
     if drawn:
         say("Pictures: " + ", ".join(str(path) for path in drawn))
