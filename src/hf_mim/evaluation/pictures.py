@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-_GAP, _TILE, _LABEL = 2, 96, 104
+_GAP, _TILE, _LABEL = 2, 128, 104
 
 
 def unnormalise(pixel_values: torch.Tensor, mean, std) -> torch.Tensor:
@@ -82,6 +82,7 @@ def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     names = sorted({name for log in log_history for name in log if name == "loss" or name.startswith("loss_")})
     if sum("loss" in log for log in log_history) < 2:
@@ -96,6 +97,9 @@ def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
         if all(log[name] > 0 for log in log_history if name in log):
             # The first steps would otherwise hide all that follows.
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
     figure.savefig(path, dpi=110)
