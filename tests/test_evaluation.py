@@ -13,7 +13,7 @@ from hf_mim import PiLaMIMModel
 from hf_mim.evaluation.knn import knn_accuracy, knn_predict, rank_me
 from hf_mim.evaluation.linear import linear_probe_accuracy
 from hf_mim.evaluation.pictures import draw_loss_curves, draw_reconstructions, unnormalise
-from hf_mim.evaluation.report import evaluate_features, extract_features, results_table
+from hf_mim.evaluation.report import describe_results, evaluate_features, extract_features, results_table
 from hf_mim.hub.cards import write_card
 from tiny import tiny_config
 
@@ -101,6 +101,8 @@ def test_results_as_table_and_card(tmp_path):
     results = evaluate_features(train, train, labels, labels)
     assert results["features"]["trained, mean"]["linear"]["count"] == 100.0
     assert results["features"]["raw pixels"]["rank_me"] is None
+    assert describe_results(results).startswith("k-NN / linear accuracy in % (40 labelled pictures, tested on 40")
+    assert describe_results(evaluate_features(train, train, {}, {})).startswith("The data has no labels")
     table = results_table(results)
     assert table[0] == ["features", "count", "RankMe"]
     assert table[2][0] == "trained, mean" and table[2][1].endswith("/ 100.0") and table[1][2] == ""

@@ -79,4 +79,6 @@ def results_table(results: dict) -> list[list[str]]:
 def describe_results(results: dict) -> str:
     """What the numbers of `results_table` are."""
     train, test = results["num_train"], results["num_test"]
+    if not next(iter(results["features"].values()))["knn"]:
+        return f"The data has no labels: RankMe of the features of {test} held-out pictures"
     return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out)"
