@@ -108,12 +108,11 @@ class TestPrecision:
 
 class TestRecipes:
     def test_defaults_then_preset_then_recipe_then_flags(self, tmp_path):
-        path = recipe(tmp_path, "preset: small\nwarmup_epochs: 5\nweight_decay: 1e-3\nmask_ratio: 0.6\n")
+        path = recipe(tmp_path, "preset: small\nnum_train_epochs: 5\nweight_decay: 1e-3\nmask_ratio: 0.6\n")
         model, data, training = parse(path, "--weight_decay=0.2", tmp_path=tmp_path)
         small = preset_training("small")
         assert (model.preset, model.mask_ratio) == ("small", 0.6)
-        assert training.warmup_epochs == 5 != small["warmup_epochs"]
-        assert training.num_train_epochs == small["num_train_epochs"]
+        assert training.num_train_epochs == 5 != small["num_train_epochs"]
         assert training.per_device_train_batch_size == small["per_device_train_batch_size"]
         assert training.weight_decay == 0.2
         assert training.adam_beta2 == 0.95
@@ -155,8 +154,8 @@ class TestRecipes:
         assert by_json[1].image_size == [32, 64] and by_json[2].max_steps == 7
 
     def test_null_is_the_default(self, tmp_path):
-        training = parse(recipe(tmp_path, "preset: small\nwarmup_epochs: null"), tmp_path=tmp_path)[2]
-        assert training.warmup_epochs is None
+        data = parse(recipe(tmp_path, "preset: tiny\ncrop_scale_min: null"), tmp_path=tmp_path)[1]
+        assert data.crop_scale_min == 0.2 != preset_training("tiny")["crop_scale_min"]
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -99,7 +99,8 @@ class TestProcess:
         assert not (tmp_path / "broken" / "model.safetensors").exists()
         result = run([RUN_MIM, *first])
         assert result.returncode == 0 and f"Resuming from {checkpoint}" in result.stdout, result.stderr
-        assert main([*flags, f"--output_dir={tmp_path / 'unbroken'}"]) == 0
+        # A process too: the bits depend on the number of threads.
+        assert run([RUN_MIM, *flags, f"--output_dir={tmp_path / 'unbroken'}"]).returncode == 0
         broken, unbroken = (load_file(tmp_path / name / "model.safetensors") for name in ("broken", "unbroken"))
         assert all(torch.equal(broken[name], value) for name, value in unbroken.items())
         assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")

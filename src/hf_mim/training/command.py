@@ -72,7 +72,8 @@ def parse_arguments(argument_classes: tuple[type, ...], argv: list[str] | None =
         for flag, stronger in _STRONGER.items():
             if flag in upper and stronger not in upper:
                 lower.pop(stronger, None)
-    parser.set_defaults(**(defaults | {flag: None for flag, value in recipe.items() if value is None}))
+    # null in a recipe: as if the preset did not set the flag.
+    parser.set_defaults(**{flag: value for flag, value in defaults.items() if recipe.get(flag, value) is not None})
     # Before what is typed, a recipe's values are read as flags are, and flags override them.
     words = [word for flag, value in recipe.items() for word in _as_words(flag, value)]
     *arguments, left_over = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)

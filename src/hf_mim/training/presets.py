@@ -20,8 +20,8 @@ _METHOD_FIELDS = {
     },
 }
 
-# MAE's schedule, and one of minutes for tiny.
-_TRAINING = {"num_train_epochs": 800, "warmup_epochs": 40, "per_device_train_batch_size": 64}
+# MAE's schedule (its 40 epochs of warm-up are the default share of 0.05), and one of minutes for tiny.
+_TRAINING = {"num_train_epochs": 800, "per_device_train_batch_size": 64}
 _TINY_TRAINING = {
     "num_train_epochs": 12,
     "per_device_train_batch_size": 128,
