@@ -1,6 +1,7 @@
 """The main job: from flags to a pretrained encoder, and to what it is worth."""
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -39,7 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     """`examples/run_mim.py`: reads the flags, trains, and says how good the features are. Returns the exit status."""
     try:
         arguments = parse_arguments((ModelArguments, DataArguments, MIMTrainingArguments), argv)
-        return pretrain(*arguments)
+        status = pretrain(*arguments)
+        # Left to the interpreter's end, the wrapped model's gloo threads now and then abort the process (torch 2.15).
+        gc.collect()
+        PartialState().destroy_process_group()
+        return status
     except Exception as error:
         # What the user can mend is said without a page of stack; everything else keeps its stack.
         message = plain_message(error)
