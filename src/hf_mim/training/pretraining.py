@@ -218,9 +218,9 @@ def count_parameters(model) -> str:
 
 
 def describe_data(pictures: PictureSplits) -> str:
-    if hasattr(pictures.train, "select"):
-        return f"{len(pictures.train)} training and {len(pictures.validation)} held-out pictures"
-    return f"a stream of training pictures, {len(pictures.validation)} held out"
+    if isinstance(pictures.train, PictureStream):
+        return f"a stream of training pictures, {len(pictures.validation)} held out"
+    return f"{len(pictures.train)} training and {len(pictures.validation)} held-out pictures"
 
 
 def describe_training(trainer, data_args, pictures: PictureSplits) -> dict[str, str]:
