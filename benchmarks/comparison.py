@@ -1,0 +1,246 @@
+"""
+Every method, on the same pictures, with the same encoder, beside an untrained network and raw pixels.
+
+    python benchmarks/comparison.py --fashion_mnist /path/to/fashion-mnist
+    python benchmarks/comparison.py --fashion_mnist /path/to/fashion-mnist --finetune
+
+A cell is (data, method, seed): `examples/run_mim.py` with each method's tiny preset and the same number of pictures
+seen (TEC: as many again after its base, which is MAE's cell of the same seed; dBOT: in two stages). Each cell writes
+one JSON under `benchmarks/results/comparison/`; a cell that has its JSON is not run again, so the script goes on where
+it was stopped. `--finetune` fine-tunes each cell's encoder, with many labels and with few. At the end, and with
+`--table` alone, `table.md` and `comparison.png` are written beside the cells: mean and standard deviation over the
+seeds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results" / "comparison"
+# Flags of run_mim.py; "{runs}" is the folder of the runs with the same data and seed.
+METHODS = {
+    "MAE": ["--model_type=vit_mae"],
+    "PiLaMIM": ["--model_type=pilamim"],
+    "PiLaMIM without [CLS] loss": ["--model_type=pilamim", "--config_overrides=use_cls_loss=false"],
+    "OCL": ["--model_type=ocl"],
+    "TEC (base: MAE)": ["--model_type=tec", "--base_model_name_or_path={runs}/MAE"],
+    "dBOT (2 stages)": ["--model_type=dbot", "--num_stages=2"],
+}
+# Pictures per step, where not `--batch_size`: contrast lives on the number of negatives.
+BATCH_SIZE = {"OCL": 256}
+NEEDS = {"TEC (base: MAE)": "MAE"}
+# Labels by data set.
+LABEL = {"scenes": ["count", "distance", "shape", "color"], "fashion_mnist": ["label"]}
+
+
+def data_flags(data: str, args) -> list[str]:
+    if data == "scenes":
+        return []
+    return [f"--train_dir={args.fashion_mnist}", "--num_channels=1", "--image_size=28", "--crop_scale_min=0.5"]
+
+
+def run(script: str, flags: list[str], args) -> float:
+    """Runs an example script on one thread; returns the seconds it took."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
+    start = time.perf_counter()
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "examples" / script), *flags, "--disable_tqdm=true", "--save_strategy=no"],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    if result.returncode:
+        raise RuntimeError(f"{script} {' '.join(flags)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return time.perf_counter() - start
+
+
+def pretrain(data: str, method: str, seed: int, args) -> None:
+    """One cell: its JSON holds run_mim.py's `features.json`, the command and the time."""
+    path = RESULTS / f"{data}-{slug(method)}-{seed}.json"
+    runs = args.runs / data / str(seed)
+    if path.is_file():
+        return
+    flags = data_flags(data, args) + [flag.format(runs=runs) for flag in METHODS[method]]
+    batch = BATCH_SIZE.get(method, args.batch_size)
+    flags += [f"--per_device_train_batch_size={batch}", f"--seed={seed}"]
+    # Stages share the pictures among them.
+    flags += [f"--max_steps={args.pictures // batch}"]
+    folder = runs / slug(method)
+    shutil.rmtree(folder, ignore_errors=True)
+    seconds = run("run_mim.py", [*flags, f"--output_dir={folder}"], args)
+    results = json.loads((folder / "features.json").read_text())
+    write(path, {"data": data, "method": method, "seed": seed, "flags": flags, "seconds": round(seconds)} | results)
+
+
+def finetune(data: str, method: str, seed: int, args) -> None:
+    """Fine-tunes a cell's encoder: at most 10,000 labels and 5 epochs, and 1% of the labels."""
+    folder = args.runs / data / str(seed) / slug(method)
+    for name, labels, epochs in (("10000", 10000, 5), ("1%", 600 if data == "fashion_mnist" else 120, 40)):
+        path = RESULTS / f"finetuned-{data}-{slug(method)}-{seed}-{name.rstrip('%')}.json"
+        # Only where the cell's network is still on this disk.
+        if path.is_file() or (method != "untrained" and not (folder / "model.safetensors").is_file()):
+            continue
+        flags = data_flags(data, args) + [f"--seed={seed}", f"--max_train_samples={labels}"]
+        flags += [f"--num_train_epochs={epochs}", "--preset=tiny"]
+        flags += [] if method == "untrained" else [f"--model_name_or_path={folder}"]
+        flags += [] if data == "fashion_mnist" else ["--label_column_name=shape"]
+        output = args.runs / "finetuned" / path.stem
+        seconds = run("run_image_classification.py", [*flags, f"--output_dir={output}"], args)
+        results = json.loads((output / "eval_results.json").read_text())
+        cell = {"data": data, "method": method, "seed": seed, "labels": name, "flags": flags}
+        write(path, cell | {"seconds": round(seconds), "accuracy": results["eval_accuracy"]})
+
+
+def slug(method: str) -> str:
+    return method.split(" (")[0].replace(" ", "_").replace("[", "").replace("]", "")
+
+
+def write(path: Path, cell: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(cell | {"machine": machine()}, indent=2) + "\n")
+    print(path.name, cell["seconds"], "s", flush=True)
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
+
+
+def scores() -> dict:
+    """{(data, features): {score: [one number a seed]}} of all cells so far."""
+    table: dict = defaultdict(lambda: defaultdict(list))
+    for path in sorted(RESULTS.glob("*.json")):
+        cell = json.loads(path.read_text())
+        if "features" not in cell:
+            table[cell["data"], cell["method"]][f"fine-tuned, {cell['labels']} labels"].append(cell["accuracy"])
+            continue
+        for name, values in cell["features"].items():
+            if name.startswith("trained"):
+                row = name.replace("trained", cell["method"])
+            elif cell["method"] == "MAE":
+                # The same in every method's cell.
+                row = name
+            else:
+                continue
+            for label in values["knn"]:
+                table[cell["data"], row][f"{label}: k-NN"].append(values["knn"][label])
+                table[cell["data"], row][f"{label}: linear"].append(values["linear"][label])
+            if values["rank_me"] is not None:
+                table[cell["data"], row]["RankMe"].append(values["rank_me"])
+    return table
+
+
+def mean_and_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
+def write_table(table: dict) -> None:
+    lines = []
+    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
+    hours = sum(cell["seconds"] for cell in cells) / 3600
+    lines.append(f"{len(cells)} cells, {hours:.1f} hours of one thread each; {machine()}.")
+    for data in LABEL:
+        rows = {row: columns for (where, row), columns in table.items() if where == data}
+        for kind, chosen in (
+            ("frozen features", lambda c: not c.startswith("fine-tuned")),
+            ("fine-tuned", lambda c: c.startswith("fine-tuned")),
+        ):
+            names = list(dict.fromkeys(c for columns in rows.values() for c in columns if chosen(c)))
+            if not names:
+                continue
+            lines += ["", f"### {data}: {kind}", "", "| | " + " | ".join(names) + " | seeds |"]
+            lines.append("|---" * (len(names) + 2) + "|")
+            for row, columns in rows.items():
+                if not any(name in columns for name in names):
+                    continue
+                seeds = max(len(columns.get(name, [])) for name in names)
+                values = [mean_and_spread(columns[name]) if columns.get(name) else "" for name in names]
+                lines.append(f"| {row} | " + " | ".join(values) + f" | {seeds} |")
+    (RESULTS / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+def draw(table: dict) -> None:
+    """k-NN and linear accuracy of every row of frozen features, a panel a label."""
+    panels = [(data, label) for data, labels in LABEL.items() for label in labels]
+    panels = [
+        (data, label)
+        for data, label in panels
+        if any(where == data and f"{label}: k-NN" in columns for (where, _), columns in table.items())
+    ]
+    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 5.2), squeeze=False)
+    for i, ((data, label), axis) in enumerate(zip(panels, axes[0], strict=True)):
+        rows = [
+            (row, columns) for (where, row), columns in table.items() if where == data and f"{label}: k-NN" in columns
+        ]
+        names = [row for row, _ in rows]
+        for offset, (score, color) in enumerate((("k-NN", "#4c72b0"), ("linear", "#dd8452"))):
+            values = [columns[f"{label}: {score}"] for _, columns in rows]
+            means = [statistics.mean(v) for v in values]
+            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+            places = [place + 0.4 * offset for place in range(len(rows))]
+            axis.barh(places, means, 0.38, xerr=spread, color=color, label=score, error_kw={"elinewidth": 0.8})
+        axis.set_yticks(
+            [place + 0.2 for place in range(len(rows))], names if i == 0 or data != panels[i - 1][0] else []
+        )
+        axis.invert_yaxis()
+        axis.set_title(f"{data}: {label}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_xlabel("accuracy, %", fontsize=8)
+    axes[0][0].legend(fontsize=7, frameon=False)
+    figure.tight_layout()
+    figure.savefig(RESULTS / "comparison.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--fashion_mnist", type=Path, help="Folder of the idx files; left out: only scenes.")
+    parser.add_argument("--data", nargs="+", default=list(LABEL), choices=list(LABEL))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--pictures", type=int, default=60000, help="Pictures seen by each cell.")
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="Where the networks are kept.")
+    parser.add_argument("--parallel", type=int, default=2, help="Cells at a time.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of a cell.")
+    parser.add_argument("--finetune", action="store_true", help="Fine-tune the cells' networks too.")
+    parser.add_argument("--table", action="store_true", help="Only write table and plot of the cells there are.")
+    args = parser.parse_args()
+    args.runs = args.runs.resolve()
+    data = [name for name in args.data if name == "scenes" or args.fashion_mnist is not None]
+    if not args.table:
+        # Seed by seed, so that what is there after an interrupt is whole.
+        for seed in args.seeds:
+            cells = [(name, method, seed, args) for name in data for method in args.methods]
+            first = [cell for cell in cells if cell[1] not in NEEDS]
+            with ThreadPoolExecutor(args.parallel) as pool:
+                list(pool.map(lambda cell: pretrain(*cell), first))
+                list(pool.map(lambda cell: pretrain(*cell), [cell for cell in cells if cell[1] in NEEDS]))
+                if args.finetune:
+                    untrained = [(name, "untrained", seed, args) for name in data]
+                    list(pool.map(lambda cell: finetune(*cell), cells + untrained))
+    table = scores()
+    if table:
+        write_table(table)
+        draw(table)
+
+
+if __name__ == "__main__":
+    main()
