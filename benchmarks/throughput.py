@@ -22,10 +22,9 @@ from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
 from hf_mim.models.vit.configuration_vit import as_pair
-from hf_mim.registry import METHODS, method_class
+from hf_mim.registry import MODEL_TYPES, method_class
 from hf_mim.training.presets import PRESETS, preset_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -74,19 +73,8 @@ class Case:
 
 
 def build_model(method: str, preset: str):
-    if method in METHODS:
-        config = method_class(method, "Config")(**preset_config(method, preset, None))
-        return method_class(method, "ForPreTraining")(config)
-    fields = preset_config("pilamim", preset, None)
-    sizes = {name: fields[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    # ViTMAE takes integers only.
-    sizes |= {"image_size": as_pair(fields["image_size"])[0], "patch_size": as_pair(fields["patch_size"])[0]}
-    # MAE's own decoder (8 x 512) where the preset has none of its own.
-    decoder = {name: value for name, value in fields.items() if name.startswith("decoder_")}
-    intermediate = {"intermediate_size": 4 * sizes["hidden_size"]}
-    if decoder:
-        intermediate["decoder_intermediate_size"] = 4 * decoder["decoder_hidden_size"]
-    return ViTMAEForPreTraining(ViTMAEConfig(**sizes, **decoder, **intermediate))
+    config = method_class(method, "Config")(**preset_config(method, preset, None))
+    return method_class(method, "ForPreTraining")(config)
 
 
 def synchronize(device: str) -> None:
@@ -140,7 +128,7 @@ def main() -> None:
         print_memory(args.memory_of, args)
         return
 
-    names = [f"{method}/{precision}" for precision in args.precisions for method in ("vit_mae", *METHODS)]
+    names = [f"{method}/{precision}" for precision in args.precisions for method in MODEL_TYPES]
     memory = {name: peak_memory(name, args) for name in names}
     cases = [Case(name, args.preset, args.batch_size, args.device) for name in names]
     flops = {case.name: case.flops() for case in cases}

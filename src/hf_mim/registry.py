@@ -10,6 +10,14 @@ METHODS = {
     "pilamim": "PiLaMIM",
 }
 
+# Pretrained as the methods are, under a model_type of transformers, whose Auto classes stay as they are: what is saved
+# is stock.
+BASELINES = {
+    "vit_mae": "ViTMAE",
+}
+# What --model_type may be.
+MODEL_TYPES = METHODS | BASELINES
+
 # Auto class in transformers: suffix of our class.
 _AUTO_CLASSES = {
     "AutoModel": "Model",
@@ -27,15 +35,20 @@ def method_module(model_type: str, kind: str):
     Raises:
         ValueError: If there is no such method.
     """
-    if model_type not in METHODS:
-        raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(METHODS)}.")
+    # The baseline's original checkpoints are on the Hub in transformers' form.
+    known = METHODS if kind == "convert" else MODEL_TYPES
+    if model_type not in known:
+        raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(known)}.")
     return importlib.import_module(f"hf_mim.models.{model_type}.{kind}_{model_type}")
 
 
 def method_class(model_type: str, suffix: str) -> type:
-    """A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification" or "Backbone"."""
+    """
+    A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification" or "Backbone"; a
+    baseline has the first three.
+    """
     kind = "configuration" if suffix == "Config" else "modeling"
-    return getattr(method_module(model_type, kind), METHODS[model_type] + suffix)
+    return getattr(method_module(model_type, kind), MODEL_TYPES[model_type] + suffix)
 
 
 class _LazyClass(type):

@@ -4,12 +4,30 @@ from pathlib import Path
 
 from ..evaluation.report import describe_results, results_table
 from ..models.vit.configuration_vit import as_pair
-from ..registry import METHODS
+from ..registry import BASELINES, MODEL_TYPES
 
 _PAPERS = {
     "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
     "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
+    "vit_mae": "He et al., *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022",
 }
+
+_USE = """import hf_mim  # registers the model with the Auto classes
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{name}")"""
+_USE_OF_BASELINE = """import hf_mim
+from transformers import AutoImageProcessor, AutoModel
+
+# The stock ViTMAEModel hides three quarters of a picture; the same encoder as a ViTModel sees all of it.
+model = hf_mim.to_vit(AutoModel.from_pretrained("{name}"))"""
+_REST = """
+The folder holds the whole pretraining model: `AutoModelForPreTraining` goes on from it, and
+`AutoModelForImageClassification` takes its encoder for fine-tuning. `hf_mim.to_vit(model)` gives a stock `ViTModel`.
+"""
+_REST_OF_BASELINE = """
+The folder holds the whole pretraining model, which plain transformers reads as `ViTMAEForPreTraining`.
+"""
 
 _TEMPLATE = """---
 library_name: transformers
@@ -28,17 +46,11 @@ Paper: {paper}.
 ## Use
 
 ```python
-import hf_mim  # registers the model with the Auto classes
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("{name}")
+{use}
 processor = AutoImageProcessor.from_pretrained("{name}")
 features = model(**processor(image, return_tensors="pt")).pooler_output  # (1, {width})
 ```
-
-The folder holds the whole pretraining model: `AutoModelForPreTraining` goes on from it, and
-`AutoModelForImageClassification` takes its encoder for fine-tuning. `hf_mim.to_vit(model)` gives a stock `ViTModel`.
-
+{rest}
 ## Training
 
 {training}
@@ -63,12 +75,15 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
     Returns:
         `Path`: the card.
     """
+    baseline = config.model_type in BASELINES
     height, width_pixels = as_pair(config.image_size)
     path = Path(folder) / "README.md"
     path.write_text(
         _TEMPLATE.format(
             model_type=config.model_type,
-            method=METHODS[config.model_type],
+            method=MODEL_TYPES[config.model_type],
+            use=(_USE_OF_BASELINE if baseline else _USE).format(name=name),
+            rest=_REST_OF_BASELINE if baseline else _REST,
             paper=_PAPERS[config.model_type],
             name=name,
             width=config.hidden_size,

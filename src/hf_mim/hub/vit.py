@@ -10,7 +10,7 @@ from ..models.vit.modeling_vit import (
     MaskedViTModel,
 )
 from ..models.vit.position import sincos_position_table
-from ..registry import METHODS
+from ..registry import METHODS, MODEL_TYPES
 
 _SHARED_FIELDS = (
     "hidden_size",
@@ -36,7 +36,8 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
     What it saves loads with plain `AutoModel.from_pretrained(directory)`, without hf_mim.
 
     Args:
-        model: One of hf_mim's models: encoder, pretraining model (its encoder is taken) or classifier.
+        model: One of hf_mim's models, or transformers' ViTMAE: encoder, pretraining model (its encoder is taken) or
+            classifier.
 
     Returns:
         `ViTModel`, in eval mode, whose outputs equal the encoder's. With [CLS] pooling its `pooler_output` equals too,
@@ -46,8 +47,8 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         ValueError: If a classifier pools by the mean, which `ViTForImageClassification` cannot, or the model is not
             one of hf_mim's.
     """
-    if model.config.model_type not in METHODS and not isinstance(model, MaskedViTModel):
-        raise ValueError(f"to_vit exports models of {', '.join(METHODS)}; this one is {type(model).__name__}.")
+    if model.config.model_type not in MODEL_TYPES and not isinstance(model, MaskedViTModel):
+        raise ValueError(f"to_vit exports models of {', '.join(MODEL_TYPES)}; this one is {type(model).__name__}.")
     config = model.config
     classifier = isinstance(model, MaskedViTForImageClassification)
     if classifier and config.pooling != "cls":
@@ -56,7 +57,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
             "only, so the export would give other logits. Export its encoder, to_vit(model.encoder), or fine-tune "
             'with pooling="cls".'
         )
-    encoder = model if isinstance(model, MaskedViTModel) else model.encoder
+    encoder = model.base_model
     vit_config = ViTConfig(**{name: getattr(config, name) for name in _SHARED_FIELDS}, pooler_act="linear")
     weights = dict(encoder.state_dict())
     weights["embeddings.position_embeddings"] = encoder.embeddings.position_embeddings
@@ -66,7 +67,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         exported.vit.load_state_dict(weights)
         exported.classifier.load_state_dict(model.classifier.state_dict())
     else:
-        exported = ViTModel(vit_config, add_pooling_layer=config.pooling == "cls")
+        exported = ViTModel(vit_config, add_pooling_layer=getattr(config, "pooling", "cls") == "cls")
         if exported.pooler is not None:
             weights["pooler.dense.weight"] = torch.eye(config.hidden_size)
             weights["pooler.dense.bias"] = torch.zeros(config.hidden_size)

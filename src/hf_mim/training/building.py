@@ -56,7 +56,9 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
         given = _fields_of_weights(args.model_name_or_path, args.model_type)
         sizes = {} if image_size is None else {"image_size": list(image_size)}
         _check_asked_for(args.model_name_or_path, given, {"num_channels": num_channels} | sizes | chosen)
-        settings |= given
+        # The baseline has not all fields that the methods share.
+        known = {field.name for field in fields(config_class)}
+        settings |= {name: value for name, value in given.items() if name in known}
     try:
         return config_class(**(settings | chosen))
     except StrictDataclassError as error:
@@ -93,8 +95,8 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
                 "above). Leave their sizes out of --config_overrides."
             ) from error
     model = model_class._from_config(config, **kwargs)
-    model.encoder.load_state_dict(_load_encoder(args.model_name_or_path).state_dict())
-    missing = {name for name in model.state_dict() if not name.startswith("encoder.")}
+    model.load_encoder(_load_encoder(args.model_name_or_path))
+    missing = {name for name in model.state_dict() if not name.startswith(("encoder.", "vit."))}
     built = sorted({name.split(".")[0] for name in model.fill_missing(missing)})
     if built:
         logger.warning(f"{args.model_name_or_path} ({source.model_type}) gives the encoder; new: {', '.join(built)}.")

@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
-from ..registry import METHODS
+from ..registry import MODEL_TYPES
 from .presets import PRESETS, preset_training
 
 # A flag, and the one that would take precedence over it. Whoever sets only the first overrules the second of a recipe
@@ -21,7 +21,7 @@ _STRONGER = {"warmup_steps": "warmup_epochs", "base_learning_rate": "learning_ra
 class ModelArguments:
     """Which network is trained."""
 
-    model_type: str = field(default="pilamim", metadata={"help": f"The method: {', '.join(METHODS)}."})
+    model_type: str = field(default="pilamim", metadata={"help": f"The method: {', '.join(MODEL_TYPES)}."})
     preset: str = field(default="tiny", metadata={"help": f"Sizes and schedule: {', '.join(PRESETS)}."})
     model_name_or_path: str | None = field(
         default=None,

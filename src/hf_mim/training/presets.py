@@ -20,6 +20,11 @@ _METHOD_FIELDS = {
         # At 0.996 the target hardly leaves its start in a run of a thousand steps.
         "ema_momentum": 0.99,
     },
+    ("vit_mae", "tiny"): {
+        "decoder_hidden_size": 64,
+        "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": 2,
+    },
 }
 
 # MAE's schedule (its 40 epochs of warm-up are the default share of 0.05), and one of minutes for tiny.

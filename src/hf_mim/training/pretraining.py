@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, set_seed
+from transformers import set_seed
 from transformers.utils import logging
 
 from ..data.arguments import DataArguments
@@ -23,7 +23,7 @@ from ..evaluation.pictures import draw_loss_curves
 from ..evaluation.report import describe_results, evaluate_features, extract_features, results_table
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
-from ..registry import METHODS, method_class
+from ..registry import METHODS, MODEL_TYPES, method_class
 from .arguments import MIMTrainingArguments
 from .building import build_config, build_model
 from .callbacks import LogReconstructions, SaveOnInterrupt
@@ -89,7 +89,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     trainer.add_callback(reconstructions)
     trainer.add_callback(interrupt)
     say(
-        f"{METHODS[config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; effective batch "
+        f"{MODEL_TYPES[config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; effective batch "
         f"{training_args.effective_batch_size}, peak learning rate {training_args.learning_rate:.2e}, "
         f"{'bfloat16' if training_args.bf16 else 'float16' if training_args.fp16 else 'float32'} on "
         f"{training_args.device}."
@@ -166,7 +166,8 @@ def write_results(trainer, data_args, pictures: PictureSplits, processor, recons
         say("\n" + format_results(results))
     name = trainer.args.hub_model_id or str(folder)
     write_card(folder, name, config, describe_training(trainer, data_args, pictures), results)
-    say(f"\nThe model is in {folder}: AutoModel.from_pretrained({str(folder)!r}) after `import hf_mim`.")
+    after = " after `import hf_mim`" if config.model_type in METHODS else ""
+    say(f"\nThe model is in {folder}: AutoModel.from_pretrained({str(folder)!r}){after}.")
     if drawn:
         say("Pictures: " + ", ".join(str(path) for path in drawn))
 
@@ -183,7 +184,8 @@ def evaluate(folder, config, pictures: PictureSplits, processor, args) -> dict |
     set_seed(args.seed)
     encoders = {
         "untrained": method_class(config.model_type, "ForPreTraining")(config).encoder,
-        "trained": AutoModel.from_pretrained(folder),
+        # Not AutoModel: a stock ViTMAE hides three quarters of the picture.
+        "trained": method_class(config.model_type, "Model").from_pretrained(folder),
     }
     encoders = {name: encoder.to(args.device).eval() for name, encoder in encoders.items()}
     transform = evaluation_transform(processor, config.num_channels)

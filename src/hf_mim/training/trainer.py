@@ -1,5 +1,6 @@
 """A Trainer for every ForPreTraining model of hf_mim."""
 
+import functools
 import shutil
 from pathlib import Path
 
@@ -244,6 +245,16 @@ class MIMTrainer(Trainer):
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         elif self.args.should_save:
             self.model.config.save_pretrained(output_dir)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        # transformers writes the weights of ViT and ViTMAE under the names of its older versions, which its Trainer does
+        # not find again. A checkpoint keeps the names of the modules; the model at the end gets the others.
+        if output_dir not in (None, self.args.output_dir):
+            self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            self.model.__dict__.pop("save_pretrained", None)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keeps the card that `pretraining.write_results` wrote, which the stock one would replace when pushing."""

@@ -207,6 +207,16 @@ def add_position_table(module: nn.Module, config: MaskedViTConfig, dim: int) -> 
         module.register_buffer("position_embeddings", table.to(torch.get_default_device()), persistent=False)
 
 
+@torch.no_grad()
+def init_linear(module: nn.Linear | nn.Conv2d) -> None:
+    """Xavier uniform, a convolution being taken for the linear map from patches that it is; the bias 0."""
+    # The flag is looked at here because a flattened view of a loaded weight no longer carries it.
+    if not getattr(module.weight, "_is_hf_initialized", False):
+        init.xavier_uniform_(module.weight.flatten(1))
+    if module.bias is not None:
+        init.zeros_(module.bias)
+
+
 class MaskedViTPreTrainedModel(PreTrainedModel):
     """Conventions of transformers for all models of hf_mim: names, initialisation, loading."""
 
@@ -226,11 +236,7 @@ class MaskedViTPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            # The flag is looked at here because a flattened view of a loaded weight no longer carries it.
-            if not getattr(module.weight, "_is_hf_initialized", False):
-                init.xavier_uniform_(module.weight.flatten(1))
-            if module.bias is not None:
-                init.zeros_(module.bias)
+            init_linear(module)
         else:
             super()._init_weights(module)
         if isinstance(module, MaskedViTEmbeddings):
@@ -290,9 +296,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
 
 
-class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
+class PreTrainingMixin:
     """
-    What the methods' pretraining models share: masks, frozen networks, and the hooks that the trainer calls.
+    What pretraining models share: masks, frozen networks, and the hooks that the trainer calls.
 
     Subclasses set `frozen_modules`, the names of sub-modules that no gradient reaches (a target, a base, a teacher):
     these are always in eval mode, and stay frozen through loading.
@@ -322,6 +328,10 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
             ValueError: If the pictures are not of `config.image_size`, or `noise` not of shape (batch_size,
                 num_patches).
         """
+        return random_masking(self.masking_noise(pixel_values, noise), self.config.num_keep)
+
+    def masking_noise(self, pixel_values: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+        """`noise` if it fits, drawn where it is None; raises ValueError as `masking` does."""
         size = as_pair(self.config.image_size)
         if tuple(pixel_values.shape[2:]) != size:
             raise ValueError(
@@ -330,12 +340,16 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
             )
         shape = (pixel_values.shape[0], self.config.num_patches)
         if noise is None:
-            noise = torch.rand(shape, device=pixel_values.device)
-        elif noise.shape != shape:
+            return torch.rand(shape, device=pixel_values.device)
+        if noise.shape != shape:
             raise ValueError(
                 f"noise has the shape {tuple(noise.shape)}; expected (batch_size, num_patches) = {tuple(shape)}."
             )
-        return random_masking(noise, self.config.num_keep)
+        return noise
+
+    def load_encoder(self, encoder: "MaskedViTModel") -> None:
+        """Takes the weights of an encoder of the same sizes."""
+        self.encoder.load_state_dict(encoder.state_dict())
 
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
         """Called by the trainer after each optimiser step. `step` counts from 0 to `num_steps - 1`."""
@@ -382,6 +396,10 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
         model.freeze()
         model.eval()
         return (model, info) if output_loading_info else model
+
+
+class MaskedViTForPreTraining(PreTrainingMixin, MaskedViTPreTrainedModel):
+    """The base of the methods' pretraining models."""
 
 
 class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
