@@ -8,6 +8,7 @@ import sys
 # model_type: prefix of the class names. The classes are in `hf_mim.models.<model_type>`.
 METHODS = {
     "pilamim": "PiLaMIM",
+    "ocl": "OCL",
 }
 
 # Pretrained as the methods are, under a model_type of transformers, whose Auto classes stay as they are: what is saved

@@ -10,6 +10,8 @@ _PAPERS = {
     "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
     "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
     "vit_mae": "He et al., *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022",
+    "ocl": "Yang et al., *One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views for "
+    "Efficient Visual Representation*, ICML 2025",
 }
 
 _USE = """import hf_mim  # registers the model with the Auto classes

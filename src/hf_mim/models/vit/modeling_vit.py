@@ -56,7 +56,8 @@ class MaskedViTPatchEmbeddings(nn.Module):
             patches = patches.flatten(1, 2)
         else:
             columns = patches.shape[2]
-            samples = torch.arange(patches.shape[0], device=patches.device).unsqueeze(1)
+            samples = torch.arange(ids_keep.shape[0], device=patches.device).unsqueeze(1)
+            samples = samples // (ids_keep.shape[0] // patches.shape[0])
             patches = patches[samples, ids_keep // columns, ids_keep % columns]
         return nn.functional.linear(patches.flatten(2), self.projection.weight.flatten(1), self.projection.bias)
 
@@ -102,10 +103,12 @@ class MaskedViTEmbeddings(nn.Module):
                 f"{self.config.num_channels}, height, width). Check the pictures' channels against num_channels."
             )
         positions = self.positions(*pixel_values.shape[2:], interpolate_pos_encoding)
-        cls_position, patch_positions = positions[:, :1], positions[:, 1:].expand(pixel_values.shape[0], -1, -1)
+        cls_position, patch_positions = positions[:, :1], positions[:, 1:]
         if ids_keep is not None:
             patch_positions = torch.gather(
-                patch_positions, 1, ids_keep.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
+                patch_positions.expand(ids_keep.shape[0], -1, -1),
+                1,
+                ids_keep.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1]),
             )
         patches = self.patch_embeddings(pixel_values, ids_keep)
         cls = (self.cls_token + cls_position).expand(patches.shape[0], -1, -1)
@@ -277,8 +280,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
             interpolate_pos_encoding (`bool`, defaults to False): Accept pictures of another size than
                 `config.image_size`, with interpolated positions.
-            ids_keep (`torch.LongTensor` of shape `(batch_size, num_keep)`, *optional*): The patches to look at,
-                row-major indices, in the order wanted; all of them if None.
+            ids_keep (`torch.LongTensor` of shape `(batch_size * views, num_keep)`, *optional*): The patches to look
+                at, row-major indices, in the order wanted; all of them if None. Several views of a picture follow
+                each other, and so do they in the outputs.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, 1 + L, hidden_size) after the final
@@ -307,6 +311,10 @@ class PreTrainingMixin:
     # The loss is a mean over the batch already; without this the Trainer would not divide it by the accumulation.
     accepts_loss_kwargs = False
     frozen_modules: tuple[str, ...] = ()
+    # Whether the loss compares the pictures of a batch with each other. Such a model encodes `chunk_size` pictures at
+    # a time, where it is set, without keeping what their gradients need.
+    pairwise_loss = False
+    chunk_size: int | None = None
 
     def freeze(self) -> None:
         """Stops gradients of the frozen networks, and puts them in eval mode."""

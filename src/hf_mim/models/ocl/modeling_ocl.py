@@ -1,0 +1,262 @@
+"""OCL: contrastive learning of two halves of a masked picture, with one encoder and nothing else."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import distributed, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import initialization as init
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from ..vit.modeling_vit import (
+    MaskedViTBackbone,
+    MaskedViTForImageClassification,
+    MaskedViTForPreTraining,
+    MaskedViTModel,
+)
+from .configuration_ocl import MIN_TEMPERATURE, OCLConfig
+
+logger = logging.get_logger(__name__)
+
+# What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
+_BESIDES_ENCODER = [r"^similarity\.", r"^head\.", r"^classifier\."]
+
+# Similarities in memory at a time: 4 MiB in float32. More pictures than the root of it are compared block by block.
+_BLOCK_ELEMENTS = 2**20
+
+
+@dataclass
+class OCLForPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): What is minimised: `loss_contrastive`.
+        loss_contrastive (`torch.FloatTensor` of shape `()`): Mean of the cross-entropies of finding a picture's second
+            half by its first, and its first by its second, among those of all pictures of all processes.
+        features (`torch.FloatTensor` of shape `(batch_size, 2, hidden_size)`): [CLS] after the final LayerNorm of both
+            halves, before the head (where there is one) and before normalisation to length 1.
+        mask (`torch.FloatTensor` of shape `(batch_size, num_patches)`): 1 where hidden from both halves.
+        ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Place of patch i in shuffled order,
+            of which the first half of the kept places is the first half of the picture.
+        hidden_states, attentions: Of the encoder, when asked for, for 2 * batch_size halves: both of the first
+            picture, both of the second, ... None where the encoder works in chunks.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_contrastive: torch.FloatTensor | None = None
+    features: torch.FloatTensor | None = None
+    mask: torch.FloatTensor | None = None
+    ids_restore: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class OCLModel(MaskedViTModel):
+    """The encoder that OCL pretrains."""
+
+    config: OCLConfig
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+class OCLSimilarity(nn.Module):
+    """T-SP similarity over a temperature (section 2.3 of the paper)."""
+
+    def __init__(self, config: OCLConfig):
+        super().__init__()
+        self.kappa = config.kappa
+        # Of one element rather than none, which FSDP could not shard.
+        self.log_temperature = nn.Parameter(torch.empty(1))
+
+    @property
+    def temperature(self) -> torch.Tensor:
+        """Shape (1,), float32, at least 0.01."""
+        return self.log_temperature.float().clamp(min=math.log(MIN_TEMPERATURE)).exp()
+
+    def forward(self, cosine: torch.Tensor) -> torch.Tensor:
+        """Logits of cosines, of the same shape: 0 for opposite directions, 1 / temperature for the same."""
+        return 0.5 * (1 + cosine) / (1 + (1 - cosine) / self.kappa) / self.temperature
+
+
+class OCLHead(nn.Sequential):
+    """
+    The MLP of the ablation in section 3.2.3: BatchNorm after every linear map, GELU between them.
+
+    As MoCo v3's, which the paper follows: no biases, which BatchNorm would cancel, and no affine map at the end.
+    """
+
+    def __init__(self, config: OCLConfig):
+        hidden = [config.head_hidden_size] * (config.head_num_layers - 1)
+        sizes = [config.hidden_size, *hidden, config.head_output_size]
+        layers: list[nn.Module] = []
+        for inputs, outputs in zip(sizes[:-2], sizes[1:-1], strict=True):
+            layers += [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.GELU()]
+        layers += [nn.Linear(sizes[-2], sizes[-1], bias=False), nn.BatchNorm1d(sizes[-1], affine=False)]
+        super().__init__(*layers)
+
+
+class OCLForPreTraining(MaskedViTForPreTraining):
+    """Encoder, temperature, and the head of the ablation where the config has one."""
+
+    config: OCLConfig
+    pairwise_loss = True
+
+    def __init__(self, config: OCLConfig):
+        super().__init__(config)
+        self.encoder = OCLModel(config)
+        self.similarity = OCLSimilarity(config)
+        self.head = OCLHead(config) if config.head_num_layers else None
+        frozen = {
+            "encoder.embeddings.patch_embeddings.projection": config.freeze_patch_projection,
+            "similarity": not config.trainable_temperature,
+        }
+        self.frozen_modules = tuple(name for name, is_frozen in frozen.items() if is_frozen)
+        self.post_init()
+        self.freeze()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, OCLSimilarity):
+            init.constant_(module.log_temperature, math.log(self.config.temperature))
+
+    @torch.no_grad()
+    def after_optimizer_step(self, step: int, num_steps: int) -> None:
+        """Keeps the temperature where it still has a gradient."""
+        if self.config.trainable_temperature:
+            self.similarity.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+
+    def fill_missing(self, missing: set[str]) -> set[str]:
+        if "similarity.log_temperature" in missing:
+            logger.warning(f"The checkpoint has no temperature: it starts at {self.config.temperature}.")
+        return missing - {"similarity.log_temperature"}
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+    ) -> OCLForPreTrainingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures,
+                as many on every process.
+            noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
+                with the smallest are kept, of which the smaller half is the first half. Drawn if None.
+
+        Raises:
+            ValueError: If the shapes are not those of the config, or there is nothing to tell a picture from.
+        """
+        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
+        # (2 * batch_size, num_keep / 2): both halves of the first picture, both of the second, ...
+        halves = ids_keep.unflatten(1, (2, -1)).flatten(0, 1)
+        if self.chunk_size is None:
+            encoded = self.encoder(pixel_values, ids_keep=halves, return_dict=True, **kwargs)
+            features, recorded = encoded.last_hidden_state[:, 0], encoded
+        else:
+            features, recorded = self.encode_chunks(pixel_values, halves), {}
+        features = features.float().unflatten(0, (-1, 2))
+        loss = self.contrastive_loss(features)
+        return OCLForPreTrainingOutput(
+            loss=loss,
+            loss_contrastive=loss,
+            features=features,
+            mask=mask,
+            ids_restore=ids_restore,
+            hidden_states=recorded.get("hidden_states"),
+            attentions=recorded.get("attentions"),
+        )
+
+    def encode_chunks(self, pixel_values: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
+        """
+        [CLS] of all halves, `chunk_size` pictures at a time, as gradient caching ("Scaling Deep Contrastive Learning
+        Batch Size under Memory Limited Setup", Gao et al., 2021) has it: no chunk keeps what its gradient needs. When
+        the loss has given the features' gradient, each chunk is encoded again, with the same dropped paths, and takes
+        its share back to the weights.
+        """
+        features = []
+        for pictures, ids_keep in zip(
+            pixel_values.split(self.chunk_size), halves.split(2 * self.chunk_size), strict=True
+        ):
+            # Weights that autocast has cast for one chunk are not used for the next: gradients of chunks would be
+            # summed in half precision.
+            torch.clear_autocast_cache()
+            features.append(checkpoint(self._encode_chunk, pictures, ids_keep, use_reentrant=False))
+        return torch.cat(features)
+
+    def _encode_chunk(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+        return self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True).last_hidden_state[:, 0]
+
+    def contrastive_loss(self, features: torch.Tensor) -> torch.Tensor:
+        """
+        The symmetric cross-entropy (section 2.3), in float32, of features (batch_size, 2, hidden_size). With several
+        processes the value is that of all their pictures, on each of them.
+        """
+        if self.config.gather_negatives and distributed.is_available() and distributed.is_initialized():
+            features = _Gather.apply(features)
+        if len(features) < 2:
+            raise ValueError(
+                "A batch of 1 picture has no other to tell it from. Choose a per-device batch of at least 2 (or "
+                "several processes with gather_negatives)."
+            )
+        if self.head is not None:
+            # Over the pictures of all chunks and processes, so that BatchNorm's statistics are those of the batch.
+            features = self.head(features.flatten(0, 1)).unflatten(0, (-1, 2))
+        with torch.autocast(features.device.type, enabled=False):
+            u, v = nn.functional.normalize(features.float(), dim=-1).unbind(dim=1)
+            log_sums = self._log_sums(u, v)
+            return (log_sums.mean(dim=0) - self.similarity((u * v).sum(dim=-1))).mean()
+
+    def _log_sums(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Log-sum-exp of the logits' rows and of their columns, (2, num_pictures), without holding all logits."""
+        block_size = max(1, _BLOCK_ELEMENTS // len(v))
+        if block_size >= len(u):
+            return torch.stack(self._block_log_sums(u, v))
+        blocks = [
+            checkpoint(self._block_log_sums, rows, v, use_reentrant=False, preserve_rng_state=False)
+            for rows in u.split(block_size)
+        ]
+        rows, columns = zip(*blocks, strict=True)
+        return torch.stack((torch.cat(rows), torch.stack(columns).logsumexp(dim=0)))
+
+    def _block_log_sums(self, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.similarity(u @ v.T)
+        return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+
+
+class _Gather(torch.autograd.Function):
+    """
+    The tensors of all processes, one after the other in the first dimension.
+
+    Every process goes on to compute the same loss from them, and gradients of weights are averaged over processes: so
+    a process takes its own part of the gradient, times the number of processes.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: torch.Tensor) -> torch.Tensor:
+        ctx.local_size = len(tensor)
+        gathered = [torch.empty_like(tensor) for _ in range(distributed.get_world_size())]
+        distributed.all_gather(gathered, tensor.contiguous())
+        return torch.cat(gathered)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        start = distributed.get_rank() * ctx.local_size
+        return distributed.get_world_size() * grad[start : start + ctx.local_size]
+
+
+class OCLForImageClassification(MaskedViTForImageClassification):
+    """OCL's encoder with a linear classifier."""
+
+    config: OCLConfig
+    encoder_class = OCLModel
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+class OCLBackbone(MaskedViTBackbone):
+    """OCL's encoder as a backbone for detection and segmentation."""
+
+    config: OCLConfig
+    encoder_class = OCLModel
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+__all__ = ["OCLBackbone", "OCLForImageClassification", "OCLForPreTraining", "OCLModel"]
