@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..evaluation.report import describe_results, results_table
+from ..evaluation.report import describe_results, markdown_table, results_table
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS
 
@@ -86,8 +86,4 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
 def _results(results: dict | None) -> str:
     if results is None:
         return "Not evaluated: the training data was a stream."
-    head, *rows = results_table(results)
-    lines = [f"{describe_results(results)}; RankMe of the held-out features.", ""]
-    for row in (head, ["---"] * len(head), *rows):
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return f"{describe_results(results)}; RankMe of the held-out features.\n\n{markdown_table(results_table(results))}"

@@ -1,6 +1,7 @@
 """A Trainer for every ForPreTraining model of hf_mim."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -47,6 +48,8 @@ class MIMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # The models return a loss without labels; the Trainer only looks for an argument `return_loss`.
         self.can_return_loss = True
+        # Called with the encoder at each evaluation; gives metrics by name.
+        self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
         self.add_callback(_ModelHooks(self))
@@ -195,6 +198,10 @@ class MIMTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, value in self.eval_losses.average(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
+        if self.feature_evaluation is not None:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            for name, value in self.feature_evaluation(model.encoder).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
