@@ -9,11 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_mim import PiLaMIMModel
 from hf_mim.evaluation.knn import knn_accuracy, knn_predict, rank_me
 from hf_mim.evaluation.linear import linear_probe_accuracy
 from hf_mim.evaluation.pictures import draw_loss_curves, draw_reconstructions, unnormalise
-from hf_mim.evaluation.report import describe_results, evaluate_features, extract_features, results_table
+from hf_mim.evaluation.report import describe_results, evaluate_features, results_table
 from hf_mim.hub.cards import write_card
 from tiny import tiny_config
 
@@ -77,27 +76,12 @@ def test_linear_probe_finds_what_is_linear_and_not_what_is_not():
     assert 35 < linear_probe_accuracy(train, xor(train), test, xor(test)) < 65
 
 
-def test_features_of_several_encoders_in_one_pass():
-    config = tiny_config("pilamim")
-    encoders = {name: PiLaMIMModel(config).eval() for name in ("a", "b")}
-    pictures = torch.randn(5, config.num_channels, *config.image_size)
-    features = extract_features(encoders, pictures.split(2))
-    hidden = encoders["b"](pictures).last_hidden_state
-    torch.testing.assert_close(features["b, [CLS]"], hidden[:, 0].detach())
-    torch.testing.assert_close(features["b, mean"], hidden[:, 1:].mean(1).detach())
-    assert not torch.equal(features["a, mean"], features["b, mean"])
-    # Raw pixels keep every pixel up to 32 by 32, and are averaged down beyond.
-    height, width = config.image_size
-    assert features["raw pixels"].shape == (5, config.num_channels * min(height, 32) * min(width, 32))
-    small = torch.arange(2 * 3 * 4 * 4.0).reshape(2, 3, 4, 4)
-    assert torch.equal(extract_features({}, [small])["raw pixels"], small.flatten(1))
-
-
 def test_results_as_table_and_card(tmp_path):
     generator = torch.Generator().manual_seed(0)
     labels = {"count": torch.arange(40) % 2}
-    train = {"raw pixels": torch.randn(40, 3, generator=generator)}
-    train["trained, mean"] = labels["count"].float().unsqueeze(1) * 10 + train["raw pixels"]
+    pixels = torch.randn(40, 3, generator=generator)
+    train = {"raw pixels": {"pixels": pixels}}
+    train["trained"] = {"mean": labels["count"].float().unsqueeze(1) * 10 + pixels}
     results = evaluate_features(train, train, labels, labels)
     assert results["features"]["trained, mean"]["linear"]["count"] == 100.0
     assert results["features"]["raw pixels"]["rank_me"] is None

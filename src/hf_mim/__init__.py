@@ -12,6 +12,9 @@ __version__ = "0.1.0.dev0"
 _FUNCTIONS = {
     "from_original": ".hub.original",
     "to_vit": ".hub.vit",
+    "KNNAccuracy": ".evaluation.metrics",
+    "LinearProbeAccuracy": ".evaluation.metrics",
+    "RankMe": ".evaluation.metrics",
 }
 _CLASSES = {
     prefix + suffix: (model_type, suffix)

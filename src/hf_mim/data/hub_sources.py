@@ -1,5 +1,6 @@
 """Pictures out of `datasets` data sets (Hub or local), and out of torchvision's."""
 
+import hashlib
 import inspect
 import os
 from pathlib import Path
@@ -195,6 +196,9 @@ class _Column:
 
     def __getitem__(self, index: int):
         return self.dataset[index][self.column]
+
+    def fingerprint(self, rows: np.ndarray) -> str:
+        return hashlib.sha256(f"{self.dataset._fingerprint} {self.column}".encode() + rows.tobytes()).hexdigest()
 
 
 # --- torchvision

@@ -1,46 +1,18 @@
-"""How good an encoder's features are, beside the same network untrained and raw pixels."""
-
-from collections.abc import Iterable
+"""How good features are: k-NN and linear accuracy for every label, and RankMe, as numbers and as a table."""
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
 
+from .encoders import PIXELS
+from .features import Features
 from .knn import knn_accuracy, rank_me
 from .linear import linear_probe_accuracy
 
-# Raw pixels of larger pictures are averaged down to this, so that 10,000 of them fit into memory.
-_MAX_PIXELS = 32
-
-
-@torch.no_grad()
-def extract_features(encoders: dict[str, PreTrainedModel], batches: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """
-    One feature vector a picture, for several encoders in one pass over the pictures.
-
-    Args:
-        encoders: By name; in eval mode, with a `last_hidden_state` that has [CLS] first.
-        batches: `pixel_values` (batch_size, channels, height, width).
-
-    Returns:
-        `"raw pixels"` (averaged down to 32 x 32), and for every encoder `"NAME, [CLS]"` and `"NAME, mean"` (of the
-        patches): float32 `torch.Tensor` of shape `(num_pictures, dim)`, on the CPU.
-    """
-    features: dict[str, list[torch.Tensor]] = {}
-    for batch in batches:
-        size = [min(side, _MAX_PIXELS) for side in batch.shape[2:]]
-        pixels = nn.functional.adaptive_avg_pool2d(batch, size).flatten(1)
-        features.setdefault("raw pixels", []).append(pixels)
-        for name, encoder in encoders.items():
-            hidden_states = encoder(batch.to(encoder.device)).last_hidden_state.float()
-            features.setdefault(f"{name}, [CLS]", []).append(hidden_states[:, 0].cpu())
-            features.setdefault(f"{name}, mean", []).append(hidden_states[:, 1:].mean(dim=1).cpu())
-    return {name: torch.cat(parts) for name, parts in features.items()}
+RAW_PIXELS = "raw pixels"
 
 
 def evaluate_features(
-    train: dict[str, torch.Tensor],
-    test: dict[str, torch.Tensor],
+    train: Features,
+    test: Features,
     train_labels: dict[str, torch.Tensor],
     test_labels: dict[str, torch.Tensor],
 ) -> dict:
@@ -49,21 +21,50 @@ def evaluate_features(
 
     Args:
         train, test: As `extract_features` gives.
-        train_labels, test_labels: By name, `torch.LongTensor` of shape `(num_pictures,)`.
+        train_labels, test_labels: By name, `torch.LongTensor` of shape `(num_pictures,)`; -1 where there is none.
 
     Returns:
         `dict` for JSON: `num_train`, `num_test`, and `features`: by name, `knn` and `linear` (percent by label) and
         `rank_me` (None for raw pixels).
     """
-    results = {"num_train": len(train["raw pixels"]), "num_test": len(test["raw pixels"]), "features": {}}
-    for name in train:
-        scores = {"knn": {}, "linear": {}, "rank_me": None if name == "raw pixels" else rank_me(test[name])}
+    pairs = {
+        feature_name(name, pooling): (features, test[name][pooling])
+        for name, pooled in train.items()
+        for pooling, features in pooled.items()
+    }
+    first_train, first_test = next(iter(pairs.values()))
+    results = {"num_train": len(first_train), "num_test": len(first_test), "features": {}}
+    for name, (train_features, test_features) in pairs.items():
+        scores = {"knn": {}, "linear": {}, "rank_me": None if name == RAW_PIXELS else rank_me(test_features)}
         for label in train_labels:
-            split = (train[name], train_labels[label], test[name], test_labels[label])
+            split = (
+                *labelled(train_features, train_labels[label], label),
+                *labelled(test_features, test_labels[label], label),
+            )
             scores["knn"][label] = knn_accuracy(*split)
             scores["linear"][label] = linear_probe_accuracy(*split)
         results["features"][name] = scores
     return results
+
+
+def labelled(features: torch.Tensor, labels: torch.Tensor, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The rows that have a label (not -1).
+
+    Raises:
+        ValueError: If none has.
+    """
+    known = labels >= 0
+    if not known.any():
+        raise ValueError(f"None of the {len(labels)} pictures of a split has the label {name!r}: leave it out.")
+    return (features, labels) if known.all() else (features[known], labels[known])
+
+
+def feature_name(name: str, pooling: str) -> str:
+    """What features are called in tables: "trained, [CLS]"."""
+    if pooling == PIXELS:
+        return name
+    return f"{name}, {'[CLS]' if pooling == 'cls' else pooling}"
 
 
 def results_table(results: dict) -> list[list[str]]:
@@ -82,3 +83,18 @@ def describe_results(results: dict) -> str:
     if not next(iter(results["features"].values()))["knn"]:
         return f"The data has no labels: RankMe of the features of {test} held-out pictures"
     return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out)"
+
+
+def text_table(rows: list[list[str]]) -> str:
+    """Rows as aligned columns for the terminal, the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def markdown_table(rows: list[list[str]]) -> str:
+    """Rows as a table of Markdown, the head first."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body))

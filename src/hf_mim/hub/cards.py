@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..evaluation.report import describe_results, results_table
+from ..evaluation.report import describe_results, markdown_table, results_table
 from ..models.vit.configuration_vit import as_pair
 from ..registry import BASELINES, MODEL_TYPES
 
@@ -10,8 +10,8 @@ _PAPERS = {
     "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
     "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
     "vit_mae": "He et al., *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022",
-    "ocl": "Yang et al., *One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views for "
-    "Efficient Visual Representation*, ICML 2025",
+    "ocl": "Yang et al., *One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views "
+    "for Efficient Visual Representation*, ICML 2025",
 }
 
 _USE = """import hf_mim  # registers the model with the Auto classes
@@ -103,8 +103,4 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
 def _results(results: dict | None) -> str:
     if results is None:
         return "Not evaluated: the training data was a stream."
-    head, *rows = results_table(results)
-    lines = [f"{describe_results(results)}; RankMe of the held-out features.", ""]
-    for row in (head, ["---"] * len(head), *rows):
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+    return f"{describe_results(results)}; RankMe of the held-out features.\n\n{markdown_table(results_table(results))}"

@@ -46,6 +46,17 @@ class MIMTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Train in bfloat16 autocast. Default: where the hardware multiplies matrices in it."},
     )
+    eval_knn: bool = field(
+        default=False,
+        metadata={"help": "At each evaluation, log k-NN accuracy for every label (eval_knn_accuracy_LABEL)."},
+    )
+    online_probe: bool = field(
+        default=False,
+        metadata={
+            "help": "At each evaluation, log linear accuracy for every label (eval_linear_accuracy_LABEL): a logistic "
+            "regression fitted anew on the features of that moment, without gradient into the encoder."
+        },
+    )
     cpu_threads: int | None = field(
         default=None,
         metadata={

@@ -1,26 +1,23 @@
 """The main job: from flags to a pretrained encoder, and to what it is worth."""
 
-import contextlib
-import gc
 import json
-import os
-import sys
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from transformers import set_seed
-from transformers.utils import logging
 
 from ..data.arguments import DataArguments
 from ..data.image_processing import build_image_processor, evaluation_transform
-from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
+from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.sources import PictureStream
 from ..data.transforms import PretrainingTransform, sample_generator
-from ..evaluation.batches import transformed_pictures
+from ..evaluation.encoders import FeatureEncoder, RawPixels
+from ..evaluation.features import extract_features, labelled_splits, shared_labels
+from ..evaluation.online import OnlineEvaluation
 from ..evaluation.pictures import draw_loss_curves
-from ..evaluation.report import describe_results, evaluate_features, extract_features, results_table
+from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features, results_table, text_table
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, MODEL_TYPES, method_class
@@ -28,31 +25,16 @@ from .arguments import MIMTrainingArguments
 from .building import build_config, build_model
 from .callbacks import LogReconstructions, SaveOnInterrupt
 from .checkpoints import checkpoint_to_resume
-from .command import ModelArguments, parse_arguments
-from .errors import plain_message
+from .command import ModelArguments, parse_arguments, say
+from .errors import run_job
 from .trainer import MIMTrainer
 
 _NUM_SHOWN = 8
-_MAX_LABELLED, _MAX_TEST = 10000, 4000
 
 
 def main(argv: list[str] | None = None) -> int:
     """`examples/run_mim.py`: reads the flags, trains, and says how good the features are. Returns the exit status."""
-    try:
-        arguments = parse_arguments((ModelArguments, DataArguments, MIMTrainingArguments), argv)
-        status = pretrain(*arguments)
-        # Left to the interpreter's end, the wrapped model's gloo threads now and then abort the process (torch 2.15).
-        gc.collect()
-        PartialState().destroy_process_group()
-        return status
-    except Exception as error:
-        # What the user can mend is said without a page of stack; everything else keeps its stack.
-        message = plain_message(error)
-        if message is None or logging.get_verbosity() <= logging.INFO:
-            raise
-        rank = int(os.environ.get("RANK", 0))
-        print(f"\nError{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
-        return 1
+    return run_job(lambda: pretrain(*parse_arguments((ModelArguments, DataArguments, MIMTrainingArguments), argv)))
 
 
 def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args: MIMTrainingArguments) -> int:
@@ -76,6 +58,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
         check_pictures(split, skip_broken=data_args.skip_broken_images)
     mean, std = resolve_mean_std(data_args, pictures.train)
     processor = build_image_processor(as_pair(config.image_size), config.num_channels, mean, std)
+    feature_evaluation = build_feature_evaluation(training_args, pictures, processor)
     train_data, held_out = build_datasets(data_args, training_args, config, pictures, processor, mean, std)
 
     set_seed(training_args.seed)
@@ -83,6 +66,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     trainer = MIMTrainer(
         model=model, args=training_args, train_dataset=train_data, eval_dataset=held_out, processing_class=processor
     )
+    trainer.feature_evaluation = feature_evaluation
     shown = trainer.data_collator([held_out[0, index] for index in range(min(_NUM_SHOWN, len(held_out)))])
     reconstructions = LogReconstructions(trainer, shown, mean, std)
     interrupt = SaveOnInterrupt(trainer)
@@ -108,12 +92,49 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     # "Internal": without pushing, which waits for the card.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
+    # The files that the evaluation reads are written by one process.
+    PartialState().wait_for_everyone()
+    results = evaluate(Path(training_args.output_dir), config, pictures, processor, training_args)
     if trainer.is_world_process_zero():
-        write_results(trainer, data_args, pictures, processor, reconstructions.last_path)
+        write_results(trainer, data_args, pictures, results, reconstructions.last_path)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return 0
+
+
+def build_feature_evaluation(
+    args: MIMTrainingArguments, pictures: PictureSplits, processor
+) -> OnlineEvaluation | None:
+    """
+    What `--eval_knn` and `--online_probe` ask for; None for neither.
+
+    Raises:
+        ValueError: If there are no labels or no evaluations, under FSDP, or if the best model is to be told by a
+            feature metric that will not be there.
+    """
+    evaluation = None
+    if args.eval_knn or args.online_probe:
+        if args.eval_strategy == "no":
+            raise ValueError("--eval_knn and --online_probe belong to an evaluation: give --eval_strategy epoch.")
+        if args.fsdp_plugin_args is not None:
+            raise ValueError("--eval_knn and --online_probe need the whole encoder in each process: not with --fsdp.")
+        evaluation = OnlineEvaluation(
+            pictures,
+            processor,
+            knn=args.eval_knn,
+            linear=args.online_probe,
+            num_workers=args.dataloader_num_workers,
+            bf16=args.bf16,
+        )
+    best = (args.metric_for_best_model or "").removeprefix("eval_")
+    names = evaluation.names if evaluation is not None else []
+    if best.startswith(("knn_", "linear_")) and best not in names:
+        raise ValueError(
+            f"--metric_for_best_model {args.metric_for_best_model}: the evaluations will have "
+            f"{', '.join(names) or 'no metrics of features: pass --eval_knn true or --online_probe true'}."
+        )
+    return evaluation
 
 
 class HeldOutTransform:
@@ -153,14 +174,15 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
     return train, held_out
 
 
-def write_results(trainer, data_args, pictures: PictureSplits, processor, reconstructions: Path | None) -> None:
+def write_results(
+    trainer, data_args, pictures: PictureSplits, results: dict | None, reconstructions: Path | None
+) -> None:
     """Writes loss curves, `features.json` and the card; says what the features are worth and where everything is."""
     folder = Path(trainer.args.output_dir)
     drawn = [reconstructions] if reconstructions is not None else []
     if draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png"):
         drawn.append(folder / "loss_curves.png")
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
-    results = evaluate(folder, config, pictures, processor, trainer.args)
     if results is not None:
         (folder / "features.json").write_text(json.dumps(results, indent=2) + "\n")
         say("\n" + format_results(results))
@@ -176,8 +198,7 @@ def evaluate(folder, config, pictures: PictureSplits, processor, args) -> dict |
     """
     What raw pixels, the untrained network and the saved one are worth, for every label.
 
-    At most 10,000 training pictures are the labelled ones, and 4,000 held-out ones the test. None where the training
-    data is a stream, which cannot be gone through again.
+    None where the training data is a stream, which cannot be gone through again. Each process takes its share.
     """
     if isinstance(pictures.train, PictureStream):
         return None
@@ -187,30 +208,25 @@ def evaluate(folder, config, pictures: PictureSplits, processor, args) -> dict |
         # Not AutoModel: a stock ViTMAE hides three quarters of the picture.
         "trained": method_class(config.model_type, "Model").from_pretrained(folder),
     }
-    encoders = {name: encoder.to(args.device).eval() for name, encoder in encoders.items()}
-    transform = evaluation_transform(processor, config.num_channels)
-    features, labels = [], []
-    for data, most in ((pictures.train, _MAX_LABELLED), (pictures.validation, _MAX_TEST)):
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most]
-        data = without_broken(data.select(order.tolist()))
-        precision = torch.autocast(args.device.type, torch.bfloat16) if args.bf16 else contextlib.nullcontext()
-        with precision:
-            batches = transformed_pictures(data, transform, num_workers=args.dataloader_num_workers)
-            features.append(extract_features(encoders, batches))
-        labels.append({name: torch.as_tensor(values) for name, values in data.labels.items()})
-    shared = [{name: split[name] for name in labels[0] if name in labels[1]} for split in labels]
-    return evaluate_features(*features, *shared)
+    encoders = {name: FeatureEncoder(encoder.eval()).to(args.device) for name, encoder in encoders.items()}
+    splits = labelled_splits(pictures)
+    features = [
+        extract_features(
+            {RAW_PIXELS: RawPixels()} | encoders,
+            split,
+            processor,
+            ("cls", "mean"),
+            num_workers=args.dataloader_num_workers,
+            bf16=args.bf16,
+        )
+        for split in splits
+    ]
+    return evaluate_features(*features, *shared_labels(*splits))
 
 
 def format_results(results: dict) -> str:
     """The results as a table for the terminal."""
-    rows = results_table(results)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([describe_results(results), *lines])
+    return f"{describe_results(results)}\n{text_table(results_table(results))}"
 
 
 def count_parameters(model) -> str:
@@ -235,9 +251,3 @@ def describe_training(trainer, data_args, pictures: PictureSplits) -> dict[str, 
         "smallest crop": f"{data_args.crop_scale_min:g} of the area",
         "seed": str(args.seed),
     }
-
-
-def say(text: str) -> None:
-    """Prints once, not once a process."""
-    if PartialState().is_main_process:
-        print(text, flush=True)

@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -48,6 +49,8 @@ class MIMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         # The models return a loss without labels; the Trainer only looks for an argument `return_loss`.
         self.can_return_loss = True
+        # Called with the encoder at each evaluation; gives metrics by name.
+        self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
         self.add_callback(_ModelHooks(self))
@@ -196,6 +199,10 @@ class MIMTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         for name, value in self.eval_losses.average(self.accelerator).items():
             output.metrics[f"{metric_key_prefix}_{name}"] = value
+        if self.feature_evaluation is not None:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            for name, value in self.feature_evaluation(model.encoder).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -247,8 +254,8 @@ class MIMTrainer(Trainer):
             self.model.config.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # transformers writes the weights of ViT and ViTMAE under the names of its older versions, which its Trainer does
-        # not find again. A checkpoint keeps the names of the modules; the model at the end gets the others.
+        # transformers writes the weights of ViT and ViTMAE under the names of its older versions, which its Trainer
+        # does not find again. A checkpoint keeps the names of the modules; the model at the end gets the others.
         if output_dir not in (None, self.args.output_dir):
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_original_format=False)
         try:

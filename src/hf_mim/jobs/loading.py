@@ -1,0 +1,78 @@
+"""A model and the pictures to judge it by, as the flags of the evaluation scripts name them."""
+
+from dataclasses import dataclass, replace
+
+from accelerate import PartialState
+from transformers import AutoImageProcessor
+
+from ..data.arguments import DataArguments
+from ..data.image_processing import build_image_processor
+from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
+from ..evaluation.encoders import FeatureEncoder, load_encoder
+from ..models.vit.configuration_vit import as_pair
+
+
+@dataclass
+class Subject:
+    """What is judged, and by what."""
+
+    name: str
+    encoder: FeatureEncoder
+    pictures: PictureSplits
+    processor: object
+    image_size: tuple[int, int]
+    mean: list[float]
+    std: list[float]
+
+
+def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu") -> Subject:
+    """
+    The encoder at `path`, the pictures that the flags name, with the channels and of the size that it takes, and the
+    image processor that was saved with it; where there is none, or other sizes or means are asked for, a new one.
+
+    Raises:
+        ValueError: If there is no such model or data, if they do not fit, or if the data is a stream.
+    """
+    if args.streaming:
+        raise ValueError("Features are taken of pictures that can be gone through again: leave out --streaming.")
+    encoder = load_encoder(path)
+    config = encoder.model.config
+    saved = _saved_processor(path)
+    size = args.image_height_width or _fixed_size(saved) or as_pair(config.image_size)
+    patch_size = as_pair(config.patch_size)
+    if size[0] % patch_size[0] or size[1] % patch_size[1]:
+        raise ValueError(
+            f"--image_size {size[0]} {size[1]} (height, width) is not a multiple of the patches of {path}, "
+            f"{patch_size[0]} x {patch_size[1]}."
+        )
+    asked = args.image_height_width is not None or args.image_mean is not None
+    args = replace(args, num_channels=config.num_channels, image_size=list(size))
+    with PartialState().main_process_first():
+        pictures = load_pictures(args, seed=seed)
+    for split in (pictures.train, pictures.validation):
+        check_pictures(split, skip_broken=args.skip_broken_images)
+    if args.skip_broken_images:
+        pictures = PictureSplits(without_broken(pictures.train), without_broken(pictures.validation))
+    if saved is not None and args.image_mean is None:
+        mean, std = list(saved.image_mean), list(saved.image_std)
+    else:
+        mean, std = resolve_mean_std(args, pictures.train)
+    if saved is None or asked:
+        saved = build_image_processor(size, config.num_channels, mean, std)
+    return Subject(path, encoder.to(device), pictures, saved, size, mean, std)
+
+
+def _saved_processor(path: str):
+    try:
+        processor = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError):
+        return None
+    return processor if _fixed_size(processor) is not None else None
+
+
+def _fixed_size(processor) -> tuple[int, int] | None:
+    """The (height, width) of all that a processor gives; None where it keeps a picture's proportions."""
+    if processor is None:
+        return None
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    return None if size is None or size.height is None else (size.height, size.width)
