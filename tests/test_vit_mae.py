@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, AutoModel, ViTModel
 
 import hf_mim
+from hf_mim.evaluation.encoders import load_encoder, untrained_encoder
 from hf_mim.hub.vit import encoder_from_vit
 from hf_mim.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from hf_mim.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, ViTMAEModel
@@ -227,19 +228,12 @@ class TestTraining:
         assert_tables(transformers.ViTMAEForPreTraining.from_pretrained(tmp_path).requires_grad_(False))
 
     def test_features_are_those_of_the_whole_picture(self, folder, tmp_path, monkeypatch):
-        from hf_mim.training import pretraining
-
-        seen = {}
-
-        def extract(encoders, batches):
-            seen.update(encoders)
-            return extract_features(encoders, batches)
-
-        extract_features = pretraining.extract_features
-        monkeypatch.setattr(pretraining, "extract_features", extract)
         assert pretrain(folder, tmp_path, "--max_steps=2") == 0
-        for encoder in seen.values():
-            assert encoder(batch()["pixel_values"]).last_hidden_state.shape == (3, 17, 32)
+        encoder = load_encoder(str(tmp_path))
+        assert untrained_encoder(encoder).tokens(batch()["pixel_values"])[0].shape == (3, 17, 32)
+        network = ViTMAEForPreTraining.from_pretrained(tmp_path).encoder.eval()
+        expected = network(batch()["pixel_values"]).last_hidden_state
+        torch.testing.assert_close(encoder.tokens(batch()["pixel_values"])[0], expected)
 
     def test_resuming_equals_not_stopping(self, folder, tmp_path):
         assert pretrain(folder, tmp_path / "a", "--save_strategy=steps", "--save_steps=4", "--save_total_limit=9") == 0

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from ..models.vit.configuration_vit import as_pair
-from ..models.vit.position import sincos_position_table
+from ..registry import BASELINES, method_class
 
 # Names of the norm after the last block: ours, ViT, ViTMAE and DINOv2; DINOv3; CLIP.
 _FINAL_NORMS = ("layernorm", "norm", "post_layernorm")
@@ -46,8 +46,9 @@ def blocks_read(pooling: str) -> int:
 
 class FeatureEncoder:
     """
-    A Vision Transformer with [CLS] first, then registers if it has them, then the patches: hf_mim's, and transformers'
-    ViT, ViTMAE (masking off), DINOv2 and DINOv3 with or without registers, and CLIP's vision tower.
+    A Vision Transformer with [CLS] first, then registers if it has them, then the patches: hf_mim's (its ViTMAE too,
+    which hides nothing unless asked), and transformers' ViT, DINOv2 and DINOv3 with or without registers, and CLIP's
+    vision tower.
 
     Args:
         model (`PreTrainedModel`): In eval mode, if its features are to be those of an evaluation.
@@ -88,10 +89,6 @@ class FeatureEncoder:
         rows, columns = self.grid(pixel_values)
         if "interpolate_pos_encoding" in self._parameters:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[2:]) != as_pair(config.image_size)
-        if "noise" in self._parameters:
-            # ViTMAE puts the patches in the noise's order even where it hides none.
-            noise = torch.arange(rows * columns, dtype=torch.float32, device=pixel_values.device)
-            kwargs["noise"] = noise.expand(len(pixel_values), -1)
         outputs = self.model(pixel_values, return_dict=True, **kwargs)
         shape, expected = tuple(outputs.last_hidden_state.shape), 1 + self.num_registers + rows * columns
         if len(shape) != 3 or shape[1] != expected:
@@ -199,11 +196,12 @@ def load_encoder(path: str) -> FeatureEncoder:
     """
     try:
         config = AutoConfig.from_pretrained(path)
-        if config.model_type == "vit_mae":
-            config.mask_ratio = 0.0
         # The pooler of a stock ViT is not looked at, and most checkpoints have none.
         kwargs = {"add_pooling_layer": False} if config.model_type == "vit" else {}
-        model = AutoModel.from_pretrained(path, config=config, dtype=torch.float32, **kwargs)
+        # The stock ViTMAE hides three quarters of a picture, and starts without positions; ours does neither.
+        stock = config.model_type not in BASELINES
+        model_class = AutoModel if stock else method_class(config.model_type, "Model")
+        model = model_class.from_pretrained(path, dtype=torch.float32, **kwargs)
     except (OSError, ValueError) as error:
         raise ValueError(f"The model {path} cannot be loaded: {error}") from error
     if getattr(config, "vision_config", None) is not None:
@@ -215,13 +213,5 @@ def untrained_encoder(encoder: FeatureEncoder, seed: int = 0) -> FeatureEncoder:
     """The same network as `encoder` before any training, on the same device."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModel.from_config(encoder.model.config)
-    if encoder.model.config.model_type == "vit_mae":
-        # transformers 5.23 leaves zeros: a network that knows no places.
-        positions = model.embeddings.position_embeddings
-        rows, columns = (
-            side // patch
-            for side, patch in zip(as_pair(model.config.image_size), as_pair(model.config.patch_size), strict=True)
-        )
-        positions.data.copy_(sincos_position_table(rows, columns, positions.shape[-1]))
+        model = type(encoder.model)._from_config(encoder.model.config)
     return FeatureEncoder(model.eval()).to(encoder.device)

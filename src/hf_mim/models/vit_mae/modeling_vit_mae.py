@@ -73,6 +73,7 @@ class ViTMAEModel(stock.ViTMAEModel, ViTMAEPreTrainedModel):
     """The encoder. Without `noise` it sees the whole picture, `last_hidden_state` being [CLS], then all patches."""
 
     config: ViTMAEConfig
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
 
     def __init__(self, config: ViTMAEConfig):
         super().__init__(config)
