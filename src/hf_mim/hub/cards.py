@@ -9,8 +9,8 @@ from ..registry import METHODS
 _PAPERS = {
     "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
     "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
-    "ocl": "Yang et al., *One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views for "
-    "Efficient Visual Representation*, ICML 2025",
+    "ocl": "Yang et al., *One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views "
+    "for Efficient Visual Representation*, ICML 2025",
 }
 
 _TEMPLATE = """---

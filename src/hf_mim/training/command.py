@@ -66,8 +66,10 @@ def parse_arguments(argument_classes: tuple[type, ...], argv: list[str] | None =
             f"The recipe has unknown flags: {', '.join(unknown)}. Run the script with --help for all flags."
         )
     typed = _chosen(argument_classes, argv)
-    preset = typed.get("preset", recipe.get("preset", parser.get_default("preset")))
-    defaults = preset_training(preset) if preset in PRESETS else {}
+    preset, model_type = (
+        typed.get(name, recipe.get(name, parser.get_default(name))) for name in ("preset", "model_type")
+    )
+    defaults = preset_training(preset, model_type) if preset in PRESETS else {}
     for lower, upper in ((recipe, typed), (defaults, recipe), (defaults, typed)):
         for flag, stronger in _STRONGER.items():
             if flag in upper and stronger not in upper:
