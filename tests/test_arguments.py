@@ -8,6 +8,7 @@ from transformers import ViTConfig, ViTModel
 
 from hf_mim.data.arguments import DataArguments
 from hf_mim.data.pictures import BrokenPictureError
+from hf_mim.registry import METHODS
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.building import build_config, parse_overrides
 from hf_mim.training.command import ModelArguments, parse_arguments
@@ -110,7 +111,7 @@ class TestRecipes:
     def test_defaults_then_preset_then_recipe_then_flags(self, tmp_path):
         path = recipe(tmp_path, "preset: small\nnum_train_epochs: 5\nweight_decay: 1e-3\nmask_ratio: 0.6\n")
         model, data, training = parse(path, "--weight_decay=0.2", tmp_path=tmp_path)
-        small = preset_training("small")
+        small = preset_training("small", "pilamim")
         assert (model.preset, model.mask_ratio) == ("small", 0.6)
         assert training.num_train_epochs == 5 != small["num_train_epochs"]
         assert training.per_device_train_batch_size == small["per_device_train_batch_size"]
@@ -121,7 +122,7 @@ class TestRecipes:
     def test_preset_of_a_flag_beats_the_recipes(self, tmp_path):
         model, _, training = parse(recipe(tmp_path, "preset: small"), "--preset", "tiny", tmp_path=tmp_path)
         assert model.preset == "tiny"
-        assert training.num_train_epochs == preset_training("tiny")["num_train_epochs"]
+        assert training.num_train_epochs == preset_training("tiny", "pilamim")["num_train_epochs"]
 
     def test_values_are_read_as_flags_are(self, tmp_path):
         text = """
@@ -155,7 +156,7 @@ class TestRecipes:
 
     def test_null_is_the_default(self, tmp_path):
         data = parse(recipe(tmp_path, "preset: tiny\ncrop_scale_min: null"), tmp_path=tmp_path)[1]
-        assert data.crop_scale_min == 0.2 != preset_training("tiny")["crop_scale_min"]
+        assert data.crop_scale_min == 0.2 != preset_training("tiny", "pilamim")["crop_scale_min"]
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -233,12 +234,13 @@ class TestFlags:
             f"--{flag}" in out for flag in ("model_type", "preset", "train_dir", "base_learning_rate", "max_steps")
         )
 
+    @pytest.mark.parametrize("method", METHODS)
     @pytest.mark.parametrize("preset", PRESETS)
-    def test_presets(self, preset):
-        model, data, training = parse(f"--preset={preset}")
+    def test_presets(self, preset, method):
+        model, data, training = parse(f"--preset={preset}", f"--model_type={method}")
         config = build_config(model, data.image_height_width, data.num_channels)
         config.check_sizes()
-        for name, value in preset_training(preset).items():
+        for name, value in preset_training(preset, method).items():
             (owner,) = [arguments for arguments in (model, data, training) if hasattr(arguments, name)]
             assert getattr(owner, name) == value, name
 

@@ -73,10 +73,12 @@ def tiny_arguments(output_dir, **changes) -> MIMTrainingArguments:
     return MIMTrainingArguments(output_dir=str(output_dir), **(defaults | changes))
 
 
-def tiny_trainer(output_dir, *, config=None, data=None, eval_data=None, callbacks=None, **changes) -> MIMTrainer:
+def tiny_trainer(
+    output_dir, *, config=None, model_class=PiLaMIMForPreTraining, data=None, eval_data=None, callbacks=None, **changes
+) -> MIMTrainer:
     """A trainer of a network that is the same at every call."""
     torch.manual_seed(0)
-    model = PiLaMIMForPreTraining(config or tiny_config())
+    model = model_class(config or tiny_config())
     return MIMTrainer(
         model=model,
         args=tiny_arguments(output_dir, **changes),

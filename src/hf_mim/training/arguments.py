@@ -15,7 +15,8 @@ class MIMTrainingArguments(TrainingArguments):
     batch, and warm-up in epochs.
 
     Raises:
-        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate.
+        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate, or `contrastive_chunk_size` does
+            not divide the per-device batch.
     """
 
     base_learning_rate: float = field(
@@ -64,6 +65,15 @@ class MIMTrainingArguments(TrainingArguments):
             "the cores divided by the processes; else as torch has it."
         },
     )
+    contrastive_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "For methods whose loss compares all pictures of a batch (ocl): encode so many at a time, which "
+            "divides the per-device batch. Memory is then that of a chunk, loss and gradients are those of the whole "
+            "batch, and a step takes about a third longer. (Micro-batches of --gradient_accumulation_steps, on the "
+            "other hand, never meet: each has its own negatives.)"
+        },
+    )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (below 1: share of all)."})
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hides a loss that is not finite, at the price of a sync each step."}
@@ -85,6 +95,13 @@ class MIMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
+        chunk, batch = self.contrastive_chunk_size, self.per_device_train_batch_size
+        if chunk is not None and (chunk < 1 or batch % chunk):
+            raise ValueError(
+                f"contrastive_chunk_size is {chunk}, which does not divide per_device_train_batch_size, {batch}. "
+                f"Choose a divisor, for example "
+                f"{max(divisor for divisor in range(1, max(1, min(chunk, batch)) + 1) if batch % divisor == 0)}."
+            )
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:

@@ -63,8 +63,6 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = _read_recipe(argv.pop(0)) if argv and argv[0].endswith((".json", ".yaml", ".yml")) else {}
-    if presets is None:
-        presets = {name: preset_training(name) for name in PRESETS}
     parser = _Parser(argument_classes)
     known = {action.dest for action in parser._actions}
     unknown = sorted(set(recipe) - known)
@@ -73,7 +71,11 @@ def parse_arguments(
             f"The recipe has unknown flags: {', '.join(unknown)}. Run the script with --help for all flags."
         )
     typed = _chosen(argument_classes, argv)
-    preset = typed.get("preset", recipe.get("preset", parser.get_default("preset")))
+    preset, model_type = (
+        typed.get(name, recipe.get(name, parser.get_default(name))) for name in ("preset", "model_type")
+    )
+    if presets is None:
+        presets = {name: preset_training(name, model_type) for name in PRESETS}
     defaults = dict(presets.get(preset, {}))
     for lower, upper in ((recipe, typed), (defaults, recipe), (defaults, typed)):
         for flag, stronger in _STRONGER.items():

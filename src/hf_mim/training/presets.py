@@ -25,6 +25,7 @@ _METHOD_FIELDS = {
         "decoder_num_hidden_layers": 2,
         "decoder_num_attention_heads": 2,
     },
+    ("ocl", "large"): {"mask_ratio": 0.4},
 }
 
 # MAE's schedule (its 40 epochs of warm-up are the default share of 0.05), and one of minutes for tiny.
@@ -37,6 +38,16 @@ _TINY_TRAINING = {
     "crop_scale_min": 0.8,
     "logging_steps": 25,
     "save_strategy": "epoch",
+}
+
+# What a method changes of these, by preset.
+_METHOD_TRAINING = {
+    ("ocl", "tiny"): {
+        # Pictures are told from the others of their batch, held-out ones too.
+        "per_device_train_batch_size": 256,
+        "per_device_eval_batch_size": 256,
+        "base_learning_rate": 1.5e-3,
+    },
 }
 
 PRESETS = tuple(_ENCODERS)
@@ -69,6 +80,6 @@ def _nearest_divisor(number: int, wanted: float) -> int:
     return min(divisors, key=lambda divisor: (abs(divisor - wanted), -divisor))
 
 
-def preset_training(preset: str) -> dict:
-    """The training arguments that a preset sets."""
-    return dict(_TINY_TRAINING if preset == "tiny" else _TRAINING)
+def preset_training(preset: str, model_type: str) -> dict:
+    """The training arguments that a preset sets for a method."""
+    return (_TINY_TRAINING if preset == "tiny" else _TRAINING) | _METHOD_TRAINING.get((model_type, preset), {})

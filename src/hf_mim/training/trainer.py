@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from ..data.pretraining import EpochSampler, StreamingPretrainingDataset, pretraining_collator
 from .checkpoints import checkpoints_in
+from .collapse import CollapseWatch
 
 logger = logging.get_logger(__name__)
 
@@ -29,8 +30,8 @@ class NonFiniteLossError(RuntimeError):
 class MIMTrainer(Trainer):
     """
     transformers' `Trainer` for masked image modelling. It knows a method only through what its outputs and its model
-    offer: every output named `loss_*` is logged under its name, and `model.after_optimizer_step` is called after each
-    optimiser step (averaged targets).
+    offer: every output named `loss_*` is logged under its name, `model.after_optimizer_step` is called after each
+    optimiser step (averaged targets), and `model.watched_features` are watched for collapse when logging.
 
     Data sets yield `pixel_values` and `noise`, which are functions of (seed, epoch, sample index): the sampler sends
     the epoch along with the index, so that neither workers, processes nor resuming change what a sample looks like.
@@ -40,7 +41,8 @@ class MIMTrainer(Trainer):
         `StreamingPretrainingDataset`.
 
     Raises:
-        ValueError: If the training data set has fewer pictures than one step needs, or under FSDP version 1.
+        ValueError: If the training data set has fewer pictures than one step needs, under FSDP version 1, or if
+            `contrastive_chunk_size` is given for a model whose loss compares no pictures.
         NonFiniteLossError: In training, when a loss is not finite; checked when logging, before saving and at the end.
     """
 
@@ -53,7 +55,16 @@ class MIMTrainer(Trainer):
         self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
+        self.collapse_watch = CollapseWatch()
         self.add_callback(_ModelHooks(self))
+        if self.args.contrastive_chunk_size is not None:
+            if not self.model.pairwise_loss:
+                raise ValueError(
+                    f"contrastive_chunk_size is {self.args.contrastive_chunk_size}, and the loss of "
+                    f"{type(self.model).__name__} compares no pictures with each other: leave it out. For less memory "
+                    "take smaller batches with --gradient_accumulation_steps, which give the same step."
+                )
+            self.model.chunk_size = self.args.contrastive_chunk_size
         if self.is_fsdp_enabled:
             self._prepare_fsdp(self.accelerator.state.fsdp_plugin)
         elif self.args.fsdp_plugin_args is not None:
@@ -95,8 +106,9 @@ class MIMTrainer(Trainer):
             )
         else:
             drop_last = self.args.dataloader_drop_last
-            # Of held-out pictures none is left out.
-            self.args.dataloader_drop_last = drop_last and is_training
+            # Of held-out pictures none is left out, unless a smaller last batch would make another loss of it.
+            whole_batches = self.model.pairwise_loss and len(dataset) >= batch_size * self.args.world_size
+            self.args.dataloader_drop_last = drop_last if is_training else whole_batches
             try:
                 loader = super()._get_dataloader(
                     dataset, description, batch_size, *args, is_training=is_training, **kwargs
@@ -186,9 +198,17 @@ class MIMTrainer(Trainer):
             # Stays on the device: reading it at every step would make the host wait for it.
             step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.state.global_step + 1)
             self.first_bad_step = torch.minimum(self.first_bad_step, step)
+            self._watch_features(outputs)
         else:
             self.eval_losses.add(losses, weight=len(inputs[self.model.main_input_name]))
         return (loss, outputs) if return_outputs else loss
+
+    def _watch_features(self, outputs) -> None:
+        step, watch = self.state.global_step + 1, self.collapse_watch
+        due = step % self.state.logging_steps == 0 or watch.start is None
+        features = self.model.watched_features(outputs) if due and self.accelerator.sync_gradients else None
+        if features is not None and self.is_world_process_zero():
+            watch.measure(features, step)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # Only the loss: the predictions of all pictures would fill the memory.
@@ -210,7 +230,7 @@ class MIMTrainer(Trainer):
         if "loss" in logs or "train_loss" in logs:
             self.check_losses()
         if "loss" in logs:
-            logs.update(self.train_losses.average(self.accelerator))
+            logs.update(self.train_losses.average(self.accelerator) | self.collapse_watch.last)
         super().log(logs, start_time)
 
     def check_losses(self) -> None:
@@ -324,6 +344,7 @@ class _ModelHooks(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.train_losses.reset()
         self.trainer.first_bad_step.fill_(_NEVER)
+        self.trainer.collapse_watch.begin(state.log_history)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         # accelerate's set_epoch does not reach the sampler through both the shards of several processes and the

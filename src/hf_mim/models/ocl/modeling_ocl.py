@@ -71,7 +71,9 @@ class OCLSimilarity(nn.Module):
     @property
     def temperature(self) -> torch.Tensor:
         """Shape (1,), float32, at least 0.01."""
-        return self.log_temperature.float().clamp(min=math.log(MIN_TEMPERATURE)).exp()
+        log = self.log_temperature.float()
+        # Its gradient passes the limit, from which it could not come back otherwise.
+        return (log + (log.clamp(min=math.log(MIN_TEMPERATURE)) - log).detach()).exp()
 
     def forward(self, cosine: torch.Tensor) -> torch.Tensor:
         """Logits of cosines, of the same shape: 0 for opposite directions, 1 / temperature for the same."""
@@ -122,9 +124,12 @@ class OCLForPreTraining(MaskedViTForPreTraining):
 
     @torch.no_grad()
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
-        """Keeps the temperature where it still has a gradient."""
+        """Keeps the temperature's parameter within its limit."""
         if self.config.trainable_temperature:
             self.similarity.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+
+    def watched_features(self, outputs: OCLForPreTrainingOutput) -> torch.Tensor:
+        return outputs["features"]
 
     def fill_missing(self, missing: set[str]) -> set[str]:
         if "similarity.log_temperature" in missing:

@@ -377,6 +377,10 @@ class PreTrainingMixin:
         """
         return None
 
+    def watched_features(self, outputs) -> torch.Tensor | None:
+        """Of `forward`'s outputs, features of two views (batch_size, 2, dim) that could collapse; None elsewhere."""
+        return None
+
     def fill_missing(self, missing: set[str]) -> set[str]:
         """Fills what a checkpoint lacks and can be had without training; returns the names still missing."""
         return missing
