@@ -27,6 +27,7 @@ class Tiny(NamedTuple):
 
 TINY = {
     "pilamim": Tiny(_ENCODER | _DECODER, ("latent_decoder", "pixel_decoder")),
+    "tec": Tiny(_ENCODER | _DECODER, ("base", "decoder", "encoder_adapter")),
 }
 
 
