@@ -28,6 +28,7 @@ class Tiny(NamedTuple):
 TINY = {
     "pilamim": Tiny(_ENCODER | _DECODER, ("latent_decoder", "pixel_decoder")),
     "ocl": Tiny(_ENCODER, ()),
+    "tec": Tiny(_ENCODER | _DECODER, ("base", "decoder", "encoder_adapter")),
 }
 
 

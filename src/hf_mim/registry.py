@@ -9,6 +9,7 @@ import sys
 METHODS = {
     "pilamim": "PiLaMIM",
     "ocl": "OCL",
+    "tec": "TEC",
 }
 
 # Pretrained as the methods are, under a model_type of transformers, whose Auto classes stay as they are: what is saved
