@@ -100,7 +100,7 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
         student = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
         predictions = self.decoder(student.last_hidden_state, ids_restore).float()
-        targets = self.targets(pixel_values)
+        targets = self.teacher_targets(pixel_values)
         loss = self.masked_smooth_l1(predictions, targets, mask)
         return DBOTForPreTrainingOutput(
             loss=loss,
@@ -114,7 +114,7 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
         )
 
     @torch.no_grad()
-    def targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def teacher_targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The teacher's last block's output, before its final norm, each token with mean 0 and (unbiased) variance 1."""
         features = self.teacher(pixel_values).float()
         mean, variance = features.mean(dim=-1, keepdim=True), features.var(dim=-1, keepdim=True)
