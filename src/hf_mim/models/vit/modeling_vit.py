@@ -20,6 +20,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_vit import MaskedViTConfig, as_pair
 from .masking import random_masking, restore_order
+from .pixels import PixelRenormalization
 from .position import interpolate_position_table, sincos_position_table
 
 
@@ -237,6 +238,8 @@ class MaskedViTPreTrainedModel(PreTrainedModel):
             init.normal_(module.cls_token, std=self.config.initializer_range)
         if isinstance(module, MaskedViTDecoder):
             init.normal_(module.mask_token, std=self.config.initializer_range)
+        if isinstance(module, PixelRenormalization):
+            module.reset()
         positions = getattr(module, "position_embeddings", None)
         if isinstance(positions, nn.Parameter):
             init.trunc_normal_(positions, std=self.config.initializer_range)

@@ -1,0 +1,392 @@
+"""
+Any pretrained Vision Transformer as a frozen network that gives targets: TEC's base, dBOT's teacher.
+
+The network's own modules are run block by block, so that nothing is computed that no target needs (final norm,
+pooler), and attention logits are had for chosen rows without eager attention anywhere.
+"""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
+from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
+from transformers.utils import cached_file
+
+from .configuration_vit import MaskedViTConfig, as_pair
+from .modeling_vit import MaskedViTModel
+from .pixels import PixelRenormalization
+from .position import sincos_position_table
+
+
+class _Layout(NamedTuple):
+    """Where a type of network keeps its parts."""
+
+    blocks: str
+    norm: str
+    attention: str
+    # Positions can be had for every grid, without leaving what the network was made for.
+    any_grid: bool = False
+    # Arguments of the constructor, and of every block.
+    construction: dict = {}  # noqa: RUF012
+    block: dict = {}  # noqa: RUF012
+
+
+_OURS = _Layout("layers", "layernorm_before", "attention")
+_LAYOUTS = {
+    "vit": _Layout("layers", "layernorm_before", "attention", construction={"add_pooling_layer": False}),
+    "vit_mae": _Layout("layers", "layernorm_before", "attention"),
+    "dinov2": _Layout("encoder.layer", "norm1", "attention", any_grid=True),
+    "dinov2_with_registers": _Layout("encoder.layer", "norm1", "attention", any_grid=True),
+    "dinov3_vit": _Layout("model.layer", "norm1", "attention", any_grid=True),
+    "clip_vision_model": _Layout("encoder.layers", "layer_norm1", "self_attn", block={"attention_mask": None}),
+}
+
+_NO_CLS = "has no [CLS] token, whose attention chooses patches and whose feature is a target"
+_HIERARCHICAL = "is hierarchical: its last blocks see a coarser grid than the patches of a plain ViT"
+_CONVOLUTIONAL = "is convolutional: it has no patch tokens and no attention to learn from"
+_UNFIT = {
+    name: reason
+    for reason, names in {
+        _NO_CLS: "siglip siglip_vision_model siglip2 siglip2_vision_model ijepa vjepa2 vitdet sam_vision_model",
+        _HIERARCHICAL: "swin swinv2 swin2sr maskformer-swin donut-swin hiera pvt pvt_v2 segformer focalnet levit "
+        "swiftformer mobilevit mobilevitv2 mvit sam2_hiera_det_model",
+        _CONVOLUTIONAL: "resnet convnext convnextv2 dinov3_convnext regnet efficientnet mobilenet_v1 mobilenet_v2 "
+        "hgnet_v2 poolformer textnet bit",
+    }.items()
+    for name in names.split()
+}
+
+
+def frozen_config(described, student: MaskedViTConfig) -> PreTrainedConfig:
+    """
+    The config of a frozen network from what a method's config says of it.
+
+    Args:
+        described (`PreTrainedConfig`, `dict` or None): Of any supported type. A dict without `model_type` describes
+            our plain masked ViT, by default with fixed positions; `image_size`, `patch_size` and `num_channels` that
+            it lacks are the student's. None: the student's own sizes.
+        student: The config of the model that learns from it.
+
+    Raises:
+        ValueError: If the type cannot be a frozen network, with the reason.
+    """
+    if described is None:
+        described = {
+            name: getattr(student, name)
+            for name in (
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "intermediate_size",
+                "hidden_act",
+                "layer_norm_eps",
+                "qkv_bias",
+                "position_embedding",
+            )
+        }
+    if isinstance(described, Mapping):
+        fields = dict(described)
+        model_type = fields.pop("model_type", "")
+        if model_type:
+            config = AutoConfig.for_model(model_type, **fields)
+        else:
+            sizes = {name: getattr(student, name) for name in ("image_size", "patch_size", "num_channels")}
+            config = MaskedViTConfig(**(sizes | fields))
+    else:
+        config = described
+    config = getattr(config, "vision_config", config)
+    _layout(config)
+    return config
+
+
+def _layout(config: PreTrainedConfig) -> _Layout:
+    if isinstance(config, MaskedViTConfig):
+        return _OURS
+    if config.model_type not in _LAYOUTS:
+        supported = f"Choose hf_mim's own models, or one of {', '.join(_LAYOUTS)}."
+        reason = _UNFIT.get(config.model_type)
+        if reason is None:
+            raise ValueError(
+                f"A network of type {config.model_type!r} cannot be read as a frozen ViT: where its blocks and "
+                f"positions are is not known. {supported}"
+            )
+        raise ValueError(f"A network of type {config.model_type!r} cannot give targets: it {reason}. {supported}")
+    return _LAYOUTS[config.model_type]
+
+
+class LastAttention:
+    """
+    The attention of a frozen network's last block before softmax, row by row; nothing is computed until asked for.
+
+    Args:
+        norm, attention: Modules of the block.
+        hidden_states (`torch.Tensor` of shape `(batch_size, 1 + registers + L, hidden_size)`): What the block reads.
+        rotary (pair of `torch.Tensor` of shape `(L, head_dim)`, *optional*): Cosine and sine of the patches' angles.
+        num_heads, num_prefix (`int`): Heads; [CLS] and registers before the patches.
+    """
+
+    def __init__(self, norm, attention, hidden_states, rotary, num_heads: int, num_prefix: int):
+        self.norm, self.attention, self.hidden_states, self.rotary = norm, attention, hidden_states, rotary
+        self.num_heads, self.num_prefix = num_heads, num_prefix
+        self.inputs = self.keys = None
+
+    @torch.no_grad()
+    def logits(self, rows: torch.Tensor) -> torch.Tensor:
+        """
+        `q k^T / sqrt(head_dim)` of chosen queries and all patches' keys.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(batch_size, n)`): 0 is [CLS], 1 to L the patches, row-major.
+
+        Returns:
+            float32 `torch.Tensor` of shape `(batch_size, num_heads, n, L)`.
+        """
+        if self.keys is None:
+            self.inputs = self.norm(self.hidden_states)
+            keys = self._split_heads(self.attention.k_proj(self.inputs[:, self.num_prefix :]))
+            self.keys = keys if self.rotary is None else _rotate(keys, *self.rotary)
+        # Registers stand between [CLS] and the patches.
+        places = torch.where(rows > 0, rows + self.num_prefix - 1, rows)
+        samples = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+        queries = self._split_heads(self.attention.q_proj(self.inputs[samples, places]))
+        if self.rotary is not None:
+            cos, sin = self.rotary
+            # [CLS] is not turned: angle 0.
+            cos, sin = torch.cat((torch.ones_like(cos[:1]), cos)), torch.cat((torch.zeros_like(sin[:1]), sin))
+            queries = _rotate(queries, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
+        with torch.autocast(rows.device.type, enabled=False):
+            return queries.float() @ self.keys.float().transpose(2, 3) * queries.shape[-1] ** -0.5
+
+    def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def _rotate(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    return vectors * cos + rotate_half(vectors) * sin
+
+
+@dataclass
+class FrozenViTOutput:
+    """
+    Args:
+        last_hidden_states (`tuple` of `torch.Tensor` of shape `(batch_size, 1 + L, hidden_size)`): Outputs of the last
+            blocks, the last one last, before the final norm; [CLS] first, then the patches, without registers.
+        attention (`LastAttention`): Of the last block.
+    """
+
+    last_hidden_states: tuple[torch.Tensor, ...]
+    attention: LastAttention
+
+
+class FrozenViT(nn.Module):
+    """
+    A Vision Transformer that is never trained: always in eval mode, without gradients.
+
+    Args:
+        config: As [`frozen_config`] gives. The network is built untrained; [`load_source`] fills it.
+        grid (pair (rows, columns), *optional*): The patch grid that targets are wanted for; the network's own if None.
+            Pictures are resized so that the network cuts them into this grid.
+        pixels (`dict`, *optional*): `source_mean`, `source_std`, `target_mean`, `target_std`, lists of one number a
+            channel, None where not known: how the pictures it is given are normalised, and how it wants them.
+
+    Raises:
+        ValueError: If the type is not supported, or the network cannot have that grid.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, grid: tuple[int, int] | None = None, pixels: Mapping[str, list] | None = None
+    ):
+        super().__init__()
+        self.config = config
+        self.layout = _layout(config)
+        self.patch_size = as_pair(config.patch_size)
+        own_grid = tuple(
+            side // patch for side, patch in zip(as_pair(config.image_size), self.patch_size, strict=True)
+        )
+        self.grid = own_grid if grid is None else tuple(grid)
+        if self.grid != own_grid and not self.layout.any_grid:
+            raise ValueError(
+                f"The frozen network cuts pictures into {own_grid[0]} x {own_grid[1]} patches (rows x columns; "
+                f"image_size {config.image_size}, patch_size {config.patch_size}), the student into {self.grid[0]} x "
+                f"{self.grid[1]}: targets and predictions must be of the same patches. Choose the student's "
+                f"image_size and patch_size so that its grid is {own_grid[0]} x {own_grid[1]}, or another network."
+            )
+        self.network = _build(config, self.layout)
+        self.pixels = PixelRenormalization(config.num_channels, **(pixels or {}))
+        self.requires_grad_(False)
+        self.eval()
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def num_heads(self) -> int:
+        return self.config.num_attention_heads
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    def train(self, mode: bool = True):
+        """Stays in eval mode, whatever is asked."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor, num_last_layers: int = 1) -> FrozenViTOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Pictures, normalised as
+                the student's.
+            num_last_layers (`int`, defaults to 1): How many of the last blocks' outputs are wanted, at most all.
+
+        Raises:
+            ValueError: If the channels are not the network's, or it has not so many blocks.
+        """
+        if not 1 <= num_last_layers <= self.num_layers:
+            raise ValueError(f"num_last_layers is {num_last_layers}; the frozen network has {self.num_layers} blocks.")
+        if pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"The pictures have {pixel_values.shape[1]} channels, the frozen network takes "
+                f"{self.config.num_channels}. Train with num_channels={self.config.num_channels}."
+            )
+        network, num_prefix = self.network, 1 + getattr(self.config, "num_register_tokens", 0)
+        hidden_states, block_arguments, rotary = self._embed(self._resize(self.pixels(pixel_values)).to(network.dtype))
+        blocks = network.get_submodule(self.layout.blocks)
+        outputs = []
+        for block in blocks:
+            inputs, hidden_states = hidden_states, block(hidden_states, **block_arguments)
+            outputs = [*outputs, hidden_states][-num_last_layers:]
+        norm, attention = (getattr(block, name) for name in (self.layout.norm, self.layout.attention))
+        attention = LastAttention(norm, attention, inputs, rotary, self.num_heads, num_prefix)
+        if num_prefix > 1:
+            outputs = [torch.cat((tokens[:, :1], tokens[:, num_prefix:]), dim=1) for tokens in outputs]
+        return FrozenViTOutput(tuple(outputs), attention)
+
+    def _resize(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        size = tuple(number * patch for number, patch in zip(self.grid, self.patch_size, strict=True))
+        if tuple(pixel_values.shape[2:]) == size:
+            return pixel_values
+        return nn.functional.interpolate(pixel_values.float(), size=size, mode="bicubic", antialias=True)
+
+    def _embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict, tuple | None]:
+        """The first block's input, what the blocks are called with besides, and rotary positions."""
+        network, kind = self.network, self.config.model_type
+        arguments, rotary = self.layout.block, None
+        if kind == "vit_mae":
+            # Masks nothing, and keeps the order: the noise ascends.
+            noise = torch.arange(self.grid[0] * self.grid[1], device=pixel_values.device).float()
+            hidden_states = network.embeddings(pixel_values, noise=noise.expand(pixel_values.shape[0], -1))[0]
+        elif kind == "dinov3_vit":
+            hidden_states = network.embeddings(pixel_values)
+            rotary = network.rope_embeddings(pixel_values)
+            arguments = {"position_embeddings": rotary}
+        else:
+            hidden_states = network.embeddings(pixel_values)
+            if kind == "clip_vision_model":
+                hidden_states = network.pre_layrnorm(hidden_states)
+        return hidden_states, arguments, rotary
+
+
+def _build(config: PreTrainedConfig, layout: _Layout) -> PreTrainedModel:
+    # A copy: what is set below, or by transformers, is none of the method's config.
+    config = copy.deepcopy(config)
+    if not config.model_type:
+        return MaskedViTModel(config)
+    if config.model_type != "vit_mae":
+        return AutoModel.from_config(config, **layout.construction)
+    config.mask_ratio = 0.0
+    network = AutoModel.from_config(config)
+    embeddings = network.embeddings
+    if not embeddings.position_embeddings.is_meta and not embeddings.position_embeddings.any():
+        # transformers 5.23 leaves the positions of a new ViTMAE at zero, and its [CLS] too.
+        grid = [side // patch for side, patch in zip(embeddings.image_size, as_pair(config.patch_size), strict=True)]
+        with torch.no_grad():
+            embeddings.position_embeddings.copy_(sincos_position_table(*grid, config.hidden_size))
+            embeddings.cls_token.normal_(std=config.initializer_range)
+    return network
+
+
+@dataclass
+class FrozenSource:
+    """
+    A trained network to be frozen, in parts.
+
+    Args:
+        config (`PreTrainedConfig`): Of its encoder; goes into the method's config.
+        state (`dict[str, torch.Tensor]`): The weights of its encoder, for [`load_source`].
+        image_mean, image_std (`list[float]`, *optional*): How it wants pixels in [0, 1] normalised, if it says so.
+    """
+
+    config: PreTrainedConfig
+    state: dict[str, torch.Tensor]
+    image_mean: list[float] | None = None
+    image_std: list[float] | None = None
+
+
+def read_source(model_or_path) -> FrozenSource:
+    """
+    A trained network that can be frozen: its config, weights and pixel normalisation.
+
+    Args:
+        model_or_path (`PreTrainedModel`, or a path or name on the Hub): One of ours, ViT, ViTMAE, DINOv2 (with or
+            without registers), DINOv3's ViT, or CLIP (its vision tower). Of a model with heads or decoders the encoder
+            is taken. A path's `preprocessor_config.json` tells the normalisation.
+
+    Raises:
+        ValueError: If the network cannot give targets (no [CLS], convolutional, hierarchical, unknown), saying why.
+        OSError: If there is no such model.
+    """
+    if isinstance(model_or_path, PreTrainedModel):
+        encoder = _encoder_of(model_or_path)
+        return FrozenSource(encoder.config, encoder.state_dict())
+    config = AutoConfig.from_pretrained(model_or_path)
+    _layout(getattr(config, "vision_config", config))
+    model_class = CLIPVisionModel if config.model_type in ("clip", "clip_vision_model") else AutoModel
+    encoder = model_class.from_pretrained(model_or_path, dtype=torch.float32)
+    return FrozenSource(encoder.config, encoder.state_dict(), *_normalization(model_or_path))
+
+
+def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    model = getattr(model, "vision_model", model)
+    layout = _layout(model.config)
+    is_encoder = any(name == layout.blocks for name, _ in model.named_modules())
+    return model if is_encoder else model.base_model
+
+
+def _normalization(path) -> tuple[list[float] | None, list[float] | None]:
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        if file is not None:
+            with open(file, encoding="utf-8") as stream:
+                settings = json.load(stream)
+            settings = settings.get(key, {}) if key else settings
+            if not settings.get("do_normalize", True):
+                # Pixels in [0, 1] as they are.
+                return [0.0], [1.0]
+            if "image_mean" in settings:
+                return settings["image_mean"], settings["image_std"]
+    return None, None
+
+
+@torch.no_grad()
+def load_source(frozen: FrozenViT, source: FrozenSource) -> None:
+    """
+    Fills a frozen network with trained weights.
+
+    Raises:
+        ValueError: If the weights are of other names or shapes.
+    """
+    wanted = frozen.network.state_dict()
+    try:
+        # A source may have more: a pooler, a mask token.
+        frozen.network.load_state_dict({name: value for name, value in source.state.items() if name in wanted})
+    except RuntimeError as error:
+        raise ValueError(
+            f"The weights do not fit a frozen network of type {frozen.config.model_type!r}. {error}"
+        ) from error
