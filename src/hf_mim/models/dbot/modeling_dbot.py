@@ -1,12 +1,14 @@
 """dBOT: a masked student predicts the features that a frozen teacher has of the whole picture."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
+from ..vit.frozen import FrozenSource, FrozenViT, describe_config, frozen_config, load_source, read_source
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
@@ -15,6 +17,8 @@ from ..vit.modeling_vit import (
     MaskedViTModel,
 )
 from .configuration_dbot import DBOTConfig
+
+logger = logging.get_logger(__name__)
 
 # What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
 _BESIDES_ENCODER = [r"^teacher\.", r"^decoder\.", r"^classifier\."]
@@ -52,37 +56,71 @@ class DBOTModel(MaskedViTModel):
     _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
 
 
-class FrozenViT(nn.Module):
-    """Stand-in."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.model = MaskedViTModel(config)
-
-    def forward(self, x):
-        return self.model(x, output_hidden_states=True).hidden_states[-1]
-
-
 class DBOTForPreTraining(MaskedViTForPreTraining):
     """Student, decoder and frozen teacher (section 3 of the paper)."""
 
     config: DBOTConfig
     frozen_modules = ("teacher",)
+    frozen_source = "teacher"
 
     def __init__(self, config: DBOTConfig):
         super().__init__(config)
         self.encoder = DBOTModel(config)
-        teacher = DBOTConfig(**(config.to_dict() | (config.teacher_config or {}) | {"teacher_config": None, "drop_path_rate": 0.0}))
-        self.teacher = FrozenViT(teacher)
-        self.decoder = MaskedViTDecoder(config, teacher.hidden_size, config.drop_path_rate)
+        pixels = {
+            "source_mean": config.image_mean,
+            "source_std": config.image_std,
+            "target_mean": config.teacher_image_mean,
+            "target_std": config.teacher_image_std,
+        }
+        self.teacher = FrozenViT(frozen_config(config.teacher_config, config), grid=config.grid_size, pixels=pixels)
+        self.decoder = MaskedViTDecoder(config, self.teacher.hidden_size, config.drop_path_rate)
         self.post_init()
         self.freeze()
+
+    @classmethod
+    def from_teacher(cls, teacher, config: DBOTConfig | None = None, **kwargs) -> "DBOTForPreTraining":
+        """
+        A new student of a trained network.
+
+        Args:
+            teacher (`PreTrainedModel`, or a path or name on the Hub): Any ViT with a [CLS] token: of hf_mim, ViT,
+                ViTMAE, DINOv2 and DINOv3 with or without registers, CLIP's vision tower. A path's
+                `preprocessor_config.json` tells how it wants pixels normalised.
+            config (`DBOTConfig`, *optional*): Of the new model; `teacher_config` and, where the teacher tells it,
+                `teacher_image_mean` and `teacher_image_std` are filled in. None: the teacher's width, depth, heads and
+                grid.
+            kwargs: As of `DBOTForPreTraining._from_config`, e.g. `attn_implementation`.
+
+        Raises:
+            ValueError: If the network cannot be a teacher, or the patch grids differ, with the reason.
+            OSError: If there is no such model.
+        """
+        source = read_source(teacher)
+        if config is None:
+            names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+            config = DBOTConfig(**{name: getattr(source.config, name) for name in (*names, "num_channels")})
+        model = cls._from_config(cls.config_for_source(source, config), **kwargs)
+        load_source(model.teacher, source)
+        return model.eval()
+
+    @staticmethod
+    def config_for_source(source: FrozenSource, config: DBOTConfig) -> DBOTConfig:
+        """`config` with the fields that describe the teacher."""
+        config = copy.deepcopy(config)
+        config.teacher_config = describe_config(source.config)
+        config.teacher_image_mean, config.teacher_image_std = source.image_mean, source.image_std
+        return config
 
     @torch.no_grad()
     def next_stage(self) -> "DBOTForPreTraining":
         model = super().next_stage()
-        model.teacher.model.load_state_dict(self.encoder.state_dict())
+        load_source(model.teacher, read_source(self.encoder))
         return model
+
+    def fill_missing(self, missing: set[str]) -> set[str]:
+        if any(name.startswith("teacher.") for name in missing):
+            logger.warning("The checkpoint has no teacher: DBOTForPreTraining.from_teacher takes a trained one.")
+        return missing
 
     @can_return_tuple
     def forward(
@@ -116,8 +154,8 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
     @torch.no_grad()
     def teacher_targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """The teacher's last block's output, before its final norm, each token with mean 0 and (unbiased) variance 1."""
-        features = self.teacher(pixel_values).float()
-        mean, variance = features.mean(dim=-1, keepdim=True), features.var(dim=-1, keepdim=True)
+        (features,) = self.teacher(pixel_values).last_hidden_states
+        variance, mean = torch.var_mean(features.float(), dim=-1, keepdim=True)
         return (features - mean) / (variance + _TARGET_EPS).sqrt()
 
     def masked_smooth_l1(self, predictions: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
