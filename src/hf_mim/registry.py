@@ -8,6 +8,7 @@ import sys
 # model_type: prefix of the class names. The classes are in `hf_mim.models.<model_type>`.
 METHODS = {
     "pilamim": "PiLaMIM",
+    "tec": "TEC",
     "dbot": "DBOT",
 }
 

@@ -37,7 +37,9 @@ def from_original(checkpoint, model_type: str, *, config=None, teacher=None):
     frozen = None if teacher is None else read_checkpoint(teacher)
     try:
         if config is None or isinstance(config, Mapping):
-            config = method_class(model_type, "Config")(**(converter.original_config(state) | dict(config or {})))
+            config = method_class(model_type, "Config")(
+                **(converter.original_config(state, frozen) | dict(config or {}))
+            )
         weights = converter.convert_original(state, config, frozen)
     except KeyError as error:
         raise ValueError(

@@ -58,8 +58,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         )
     encoder = model if isinstance(model, MaskedViTModel) else model.encoder
     vit_config = ViTConfig(**{name: getattr(config, name) for name in _SHARED_FIELDS}, pooler_act="linear")
-    weights = dict(encoder.state_dict())
-    weights["embeddings.position_embeddings"] = encoder.embeddings.position_embeddings
+    weights = encoder.vit_state_dict()
     if classifier:
         vit_config.update({"id2label": config.id2label, "label2id": config.label2id})
         exported = ViTForImageClassification(vit_config)

@@ -5,7 +5,7 @@ import torch
 from ..vit.convert_vit import State, convert_layers, copy_affine, count_layers
 
 
-def original_config(state: State) -> dict:
+def original_config(state: State, teacher: State | None = None) -> dict:
     """
     The fields of `PiLaMIMConfig` that the release's weights tell, and those that the release fixes.
 

@@ -104,6 +104,31 @@ def frozen_config(described, student: MaskedViTConfig) -> PreTrainedConfig:
     return config
 
 
+# Of no use to a frozen encoder, or about the run that made it.
+_NOT_DESCRIBED = {
+    "_name_or_path",
+    "architectures",
+    "base_config",
+    "dtype",
+    "id2label",
+    "label2id",
+    "teacher_config",
+    "transformers_version",
+}
+
+
+def describe_config(config: PreTrainedConfig | Mapping | None) -> dict | None:
+    """A config as the dict that a method's config keeps and saves; [`frozen_config`] turns it back."""
+    if config is None:
+        return None
+    if isinstance(config, PreTrainedConfig):
+        config = getattr(config, "vision_config", config).to_diff_dict()
+    fields = {name: value for name, value in config.items() if name not in _NOT_DESCRIBED}
+    if not fields.get("model_type"):
+        fields.pop("model_type", None)
+    return fields
+
+
 def _layout(config: PreTrainedConfig) -> _Layout:
     if isinstance(config, MaskedViTConfig):
         return _OURS

@@ -91,6 +91,10 @@ class MaskedViTEmbeddings(nn.Module):
         new_grid = (height // patch_height, width // patch_width)
         return interpolate_position_table(self.position_embeddings, self.config.grid_size, new_grid)
 
+    def class_token(self) -> torch.Tensor:
+        """[CLS] before its position is added, (1, 1, hidden_size)."""
+        return self.cls_token
+
     def forward(
         self,
         pixel_values: torch.Tensor,
@@ -109,7 +113,7 @@ class MaskedViTEmbeddings(nn.Module):
                 patch_positions, 1, ids_keep.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1])
             )
         patches = self.patch_embeddings(pixel_values, ids_keep)
-        cls = (self.cls_token + cls_position).expand(patches.shape[0], -1, -1)
+        cls = (self.class_token() + cls_position).expand(patches.shape[0], -1, -1)
         return torch.cat((cls.to(patches.dtype), patches + patch_positions.to(patches.dtype)), dim=1)
 
 
@@ -236,7 +240,7 @@ class MaskedViTPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
         if isinstance(module, MaskedViTEmbeddings):
             init.normal_(module.cls_token, std=self.config.initializer_range)
-        if isinstance(module, MaskedViTDecoder):
+        if hasattr(module, "mask_token"):
             init.normal_(module.mask_token, std=self.config.initializer_range)
         if isinstance(module, PixelRenormalization):
             module.reset()
@@ -250,16 +254,36 @@ class MaskedViTPreTrainedModel(PreTrainedModel):
 class MaskedViTModel(MaskedViTPreTrainedModel):
     """The encoder. Methods subclass it with their own config."""
 
+    embeddings_class = MaskedViTEmbeddings
+
     def __init__(self, config: MaskedViTConfig):
         config.check_sizes()
         super().__init__(config)
-        self.embeddings = MaskedViTEmbeddings(config)
+        self.embeddings = self.embeddings_class(config)
         self.layers = build_layers(config, config.drop_path_rate)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.patch_embeddings
+
+    def vit_state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights of the same encoder as transformers' `ViTModel`, position table included."""
+        return self.state_dict() | {"embeddings.position_embeddings": self.embeddings.position_embeddings}
+
+    @torch.no_grad()
+    def load_vit_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
+        """
+        Takes the weights of another encoder, as `vit_state_dict` gives them; what a ViT has not stays as it is.
+
+        Raises:
+            RuntimeError: If names or shapes differ.
+        """
+        own = self.state_dict()
+        fixed = {"embeddings.position_embeddings"} - set(own)
+        plain = set(self.vit_state_dict())
+        kept = {name: value for name, value in own.items() if name not in plain}
+        self.load_state_dict({name: value for name, value in weights.items() if name not in fixed} | kept)
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(

@@ -1,0 +1,478 @@
+"""TEC: a new encoder, fed a quarter of the patches, predicts features and attention that a frozen base has of all."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import filter_output_hidden_states
+from transformers.modeling_outputs import ImageClassifierOutput
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from ..vit.frozen import FrozenSource, FrozenViT, describe_config, frozen_config, load_source, read_source
+from ..vit.masking import restore_order
+from ..vit.modeling_vit import (
+    DecoderSizes,
+    MaskedViTBackbone,
+    MaskedViTEmbeddings,
+    MaskedViTForImageClassification,
+    MaskedViTForPreTraining,
+    MaskedViTModel,
+    add_position_table,
+    build_layers,
+)
+from .configuration_tec import TECConfig
+
+logger = logging.get_logger(__name__)
+
+# What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
+_BESIDES_ENCODER = [r"^base\.", r"^decoder\.", r"^encoder_adapter\.", r"^classifier\."]
+
+
+@dataclass
+class TECForPreTrainingOutput(ModelOutput):
+    """
+    L patches, R = 1 + `attention_top_k` rows of attention ([CLS] first; 1 or 1 + L by `config.attention_target`), the
+    base's width and heads.
+
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): `loss_feature + loss_attention`, what is minimised.
+        loss_feature (`torch.FloatTensor` of shape `()`): Mean squared error of the features of hidden patches.
+        loss_attention (`torch.FloatTensor` of shape `()`, *optional*): Cross-entropy of the attention's rows.
+        predicted_features (`torch.FloatTensor` of shape `(batch_size, L, base_width)`).
+        target_features (`torch.FloatTensor` of shape `(batch_size, L, base_width)`): Normalised.
+        predicted_attention_logits (`torch.FloatTensor` of shape `(batch_size, base_heads, R, L)`, *optional*): Scaled.
+        target_attention_logits (`torch.FloatTensor` of shape `(batch_size, base_heads, R, L)`, *optional*): Scaled,
+            not divided by the temperature.
+        attention_rows (`torch.LongTensor` of shape `(batch_size, R)`, *optional*): 0 is [CLS], 1 to L the patches.
+        adapted_states (`torch.FloatTensor` of shape `(batch_size, 1 + num_keep, hidden_size)`): What the decoder
+            reads.
+        mask (`torch.FloatTensor` of shape `(batch_size, L)`): 1 where hidden from the encoder.
+        ids_restore (`torch.LongTensor` of shape `(batch_size, L)`): Place of patch i in shuffled order.
+        hidden_states, attentions: Of the encoder, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_feature: torch.FloatTensor | None = None
+    loss_attention: torch.FloatTensor | None = None
+    predicted_features: torch.FloatTensor | None = None
+    target_features: torch.FloatTensor | None = None
+    predicted_attention_logits: torch.FloatTensor | None = None
+    target_attention_logits: torch.FloatTensor | None = None
+    attention_rows: torch.LongTensor | None = None
+    adapted_states: torch.FloatTensor | None = None
+    mask: torch.FloatTensor | None = None
+    ids_restore: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class TECMLP(nn.Module):
+    """Two linear maps with an activation between."""
+
+    def __init__(self, width: int, hidden: int, activation: str):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.activation = ACT2FN[activation]
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class TECEmbeddings(MaskedViTEmbeddings):
+    """The masked ViT's embeddings with the input adapter on [CLS] (section 2.2)."""
+
+    def __init__(self, config: TECConfig):
+        super().__init__(config)
+        width = config.hidden_size
+        self.cls_adapter = TECMLP(width, 4 * width, config.hidden_act) if config.has_input_adapter else nn.Identity()
+
+    def class_token(self) -> torch.Tensor:
+        return self.cls_adapter(self.cls_token)
+
+
+class TECModel(MaskedViTModel):
+    """The encoder that TEC pretrains, with the input adapter; [`to_vit`] folds it into [CLS]."""
+
+    config: TECConfig
+    embeddings_class = TECEmbeddings
+    _no_split_modules = ["TECEmbeddings", "MaskedViTLayer"]
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+    @torch.no_grad()
+    def vit_state_dict(self) -> dict[str, torch.Tensor]:
+        folded = {"embeddings.cls_token": self.embeddings.class_token()}
+        weights = super().vit_state_dict() | folded
+        return {name: value for name, value in weights.items() if not name.startswith("embeddings.cls_adapter.")}
+
+
+class TECEncoderAdapter(nn.Module):
+    """Adapts the outputs of all blocks in groups, and adds up (section 2.2, equation 1)."""
+
+    def __init__(self, config: TECConfig):
+        super().__init__()
+        width, self.group_size = config.hidden_size, config.adapter_group_size
+        groups = config.num_hidden_layers // self.group_size
+        self.layernorm_before = nn.LayerNorm(config.num_hidden_layers * width, eps=config.layer_norm_eps)
+        self.fuse = nn.ModuleList(nn.Linear(self.group_size * width, width) for _ in range(groups))
+        self.mlps = nn.ModuleList(
+            TECMLP(width, 4 * config.decoder_hidden_size, config.hidden_act) for _ in range(groups)
+        )
+        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
+
+    def group_outputs(self, block_outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """What each group adds, (batch_size, length, hidden_size), the first blocks' first."""
+        fused = self.layernorm_before(torch.cat(block_outputs, dim=-1)).chunk(len(self.fuse), dim=-1)
+        fused = [fuse(group) for fuse, group in zip(self.fuse, fused, strict=True)]
+        return [group + mlp(group) for mlp, group in zip(self.mlps, fused, strict=True)]
+
+    def forward(self, block_outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """
+        Args:
+            block_outputs (`tuple` of `torch.Tensor` of shape `(batch_size, length, hidden_size)`): Of every block, the
+                last one after the final LayerNorm.
+        """
+        return self.layernorm_after(sum(self.group_outputs(block_outputs)))
+
+
+def block_outputs(encoder_outputs) -> tuple[torch.Tensor, ...]:
+    """Of every block, the last one after the final LayerNorm, from outputs with `hidden_states`."""
+    return (*encoder_outputs.hidden_states[1:-1], encoder_outputs.last_hidden_state)
+
+
+class TECTargetDecoder(nn.Module):
+    """What one target has of its own: input map, mask token, final norm and output map."""
+
+    def __init__(self, config: TECConfig, output_size: int):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.head = nn.Linear(width, output_size)
+
+
+class TECDecoder(nn.Module):
+    """
+    The multi-target decoder (section 2.3): the same blocks for a sequence of each target.
+
+    Args:
+        config: The student's.
+        base_width, base_heads (`int`): Of the network that is predicted.
+    """
+
+    def __init__(self, config: TECConfig, base_width: int, base_heads: int):
+        super().__init__()
+        self.base_heads = base_heads
+        self.scale = base_width**-0.5 if config.attention_logit_scale is None else config.attention_logit_scale
+        add_position_table(self, config, config.decoder_hidden_size)
+        self.layers = build_layers(DecoderSizes(config), 0.0)
+        self.feature = TECTargetDecoder(config, base_width)
+        if config.attention_target != "none":
+            # All queries, then all keys.
+            self.attention = TECTargetDecoder(config, 2 * base_width)
+
+    def forward(
+        self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, rows: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch_size, 1 + num_keep, hidden_size)`): [CLS], kept patches.
+            ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Place of patch i among the shuffled.
+            rows (`torch.LongTensor` of shape `(batch_size, R)`): Rows of attention to predict; None for no attention.
+
+        Returns:
+            Features (batch_size, num_patches, base_width), and logits (batch_size, base_heads, R, num_patches).
+        """
+        targets = [self.feature] if rows is None else [self.feature, self.attention]
+        # One batch of both sequences: the blocks are the same.
+        tokens = torch.cat(
+            [restore_order(target.embed(hidden_states), target.mask_token, ids_restore) for target in targets]
+        )
+        tokens = tokens + self.position_embeddings.to(tokens.dtype)
+        for layer in self.layers:
+            tokens = layer(tokens)
+        features, *attention = tokens.chunk(len(targets))
+        features = self.feature.head(self.feature.layernorm(features[:, 1:]))
+        return features, self.attention_logits(attention[0], rows) if attention else None
+
+    def attention_logits(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Queries of the rows, keys of the patches, their products; nothing of the others is computed."""
+        tokens = self.attention.layernorm(tokens)
+        samples = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
+        weights = zip(self.attention.head.weight.chunk(2), self.attention.head.bias.chunk(2), strict=True)
+        queries, keys = (
+            nn.functional.linear(inputs, *weight).unflatten(2, (self.base_heads, -1)).transpose(1, 2)
+            for inputs, weight in zip((tokens[samples, rows], tokens[:, 1:]), weights, strict=True)
+        )
+        with torch.autocast(tokens.device.type, enabled=False):
+            return queries.float() @ keys.float().transpose(2, 3) * self.scale
+
+
+class TECForPreTraining(MaskedViTForPreTraining):
+    """Encoder, adapters, multi-target decoder and frozen base (section 2 of the paper)."""
+
+    config: TECConfig
+    frozen_modules = ("base",)
+    _no_split_modules = ["TECEmbeddings", "MaskedViTLayer"]
+
+    def __init__(self, config: TECConfig):
+        super().__init__(config)
+        self.encoder = TECModel(config)
+        self.encoder_adapter = TECEncoderAdapter(config) if config.has_encoder_adapter else None
+        pixels = {
+            "source_mean": config.image_mean,
+            "source_std": config.image_std,
+            "target_mean": config.base_image_mean,
+            "target_std": config.base_image_std,
+        }
+        self.base = FrozenViT(frozen_config(config.base_config, config), grid=config.grid_size, pixels=pixels)
+        if config.feature_layers > self.base.num_layers:
+            raise ValueError(
+                f"feature_layers is {config.feature_layers}, and the base has {self.base.num_layers} blocks. Choose "
+                "at most that many."
+            )
+        if config.attention_target == "selected" and config.attention_top_k > config.num_patches:
+            raise ValueError(
+                f"attention_top_k is {config.attention_top_k}, and there are {config.num_patches} patches. Choose "
+                'fewer, or attention_target="all".'
+            )
+        self.decoder = TECDecoder(config, self.base.hidden_size, self.base.num_heads)
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_base(cls, base, config: TECConfig | None = None, **kwargs) -> "TECForPreTraining":
+        """
+        A new model that learns from a trained one.
+
+        Args:
+            base (`PreTrainedModel`, or a path or name on the Hub): Any ViT with a [CLS] token: of hf_mim (a TEC model
+                for a second round), ViT, ViTMAE, DINOv2 and DINOv3 with or without registers, CLIP's vision tower. A
+                path's `preprocessor_config.json` tells how it wants pixels normalised.
+            config (`TECConfig`, *optional*): Of the new model; `base_config` and, where the base tells it,
+                `base_image_mean` and `base_image_std` are filled in. None: the base's width, depth, heads and grid.
+            kwargs: As of `TECForPreTraining._from_config`, e.g. `attn_implementation`.
+
+        Raises:
+            ValueError: If the network cannot be a base, or the patch grids differ, with the reason.
+            OSError: If there is no such model.
+        """
+        source = base if isinstance(base, FrozenSource) else read_source(base)
+        if config is None:
+            names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+            config = TECConfig(**{name: getattr(source.config, name) for name in (*names, "num_channels")})
+        config = copy.deepcopy(config)
+        config.base_config = describe_config(source.config)
+        if source.image_mean is not None:
+            config.base_image_mean, config.base_image_std = source.image_mean, source.image_std
+        model = cls._from_config(config, **kwargs)
+        load_source(model.base, source)
+        if config.initialize_from_base:
+            model.start_from_base()
+        return model.eval()
+
+    @torch.no_grad()
+    def start_from_base(self) -> None:
+        """Gives the encoder the base's weights (an ablation of the paper)."""
+        network = self.base.network
+        weights = network.vit_state_dict() if isinstance(network, MaskedViTModel) else network.state_dict()
+        weights = {name: value for name, value in weights.items() if not name.endswith("mask_token")}
+        try:
+            self.encoder.load_vit_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(
+                f"initialize_from_base needs a base of the student's own sizes and kind (ViT, ViTMAE or hf_mim's); "
+                f"this one, {self.base.config.model_type or 'a plain ViT'}, does not fit. {error}"
+            ) from error
+
+    def fill_missing(self, missing: set[str]) -> set[str]:
+        if any(name.startswith("base.") for name in missing):
+            logger.warning("The checkpoint has no base model: TECForPreTraining.from_base takes a trained one.")
+        return missing
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+    ) -> TECForPreTrainingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
+            noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
+                with the smallest are kept. Drawn if None.
+
+        Raises:
+            ValueError: If the shapes are not those of the config.
+        """
+        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
+        context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
+        adapted = context.last_hidden_state
+        if self.encoder_adapter is not None:
+            adapted = self.encoder_adapter(block_outputs(context))
+
+        base = self.base(pixel_values, num_last_layers=self.config.feature_layers)
+        target_features = self.feature_targets(base.last_hidden_states)
+        rows, target_logits = self.attention_targets(base.attention)
+        features, logits = self.decoder(adapted, ids_restore, rows)
+
+        features = features.float()
+        loss_feature = ((features - target_features).square().mean(dim=-1) * mask).sum() / mask.sum()
+        loss, loss_attention = loss_feature, None
+        if rows is not None:
+            shares = (target_logits / self.config.attention_temperature).softmax(dim=-1)
+            loss_attention = -(shares * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
+            loss = loss_feature + loss_attention
+        return TECForPreTrainingOutput(
+            loss=loss,
+            loss_feature=loss_feature,
+            loss_attention=loss_attention,
+            predicted_features=features,
+            target_features=target_features,
+            predicted_attention_logits=logits,
+            target_attention_logits=target_logits,
+            attention_rows=rows,
+            adapted_states=adapted,
+            mask=mask,
+            ids_restore=ids_restore,
+            hidden_states=context.hidden_states,
+            attentions=context.attentions,
+        )
+
+    @torch.no_grad()
+    def feature_targets(self, last_hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Float32 features (batch_size, num_patches, base_width) of the base's last blocks, averaged and normalised."""
+        features = sum(tokens[:, 1:].float() for tokens in last_hidden_states) / len(last_hidden_states)
+        if self.config.feature_normalization == "none":
+            return features
+        dim = 1 if self.config.feature_normalization == "patch" else 2
+        variance, mean = torch.var_mean(features, dim=dim, keepdim=True)
+        return (features - mean) / (variance + 1e-6).sqrt()
+
+    @torch.no_grad()
+    def attention_targets(self, attention) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Rows (batch_size, R) of the base's attention, and their logits (batch_size, base_heads, R, num_patches)."""
+        kind = self.config.attention_target
+        if kind == "none":
+            return None, None
+        batch_size, device = attention.hidden_states.shape[0], attention.hidden_states.device
+        if kind == "all":
+            rows = torch.arange(1 + self.config.num_patches, device=device).expand(batch_size, -1)
+            return rows, attention.logits(rows)
+        rows = torch.zeros(batch_size, 1, dtype=torch.long, device=device)
+        logits = attention.logits(rows)
+        if kind == "cls":
+            return rows, logits
+        selected = 1 + logits[:, :, 0].mean(dim=1).topk(self.config.attention_top_k, dim=1).indices
+        return torch.cat((rows, selected), dim=1), torch.cat((logits, attention.logits(selected)), dim=2)
+
+    @torch.no_grad()
+    def adapter_shares(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> list[float] | None:
+        """Share of each group of blocks, the first blocks' first, in the magnitudes that the adapters add up."""
+        if self.encoder_adapter is None:
+            return None
+        ids_keep = self.masking(pixel_values, noise)[0]
+        context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, output_hidden_states=True)
+        outputs = self.encoder_adapter.group_outputs(block_outputs(context))
+        magnitudes = torch.stack([output.float().norm(dim=-1) for output in outputs], dim=-1)
+        return (magnitudes / magnitudes.sum(dim=-1, keepdim=True)).mean(dim=(0, 1)).tolist()
+
+
+class TECForImageClassification(MaskedViTForImageClassification):
+    """
+    TEC's encoder with a linear classifier.
+
+    `config.tuning_mode` says what is trained besides the classifier. The encoder adapters come from a pretraining
+    checkpoint, `TECForImageClassification.from_pretrained(folder, tuning_mode="encoder_adapters")`.
+    """
+
+    config: TECConfig
+    encoder_class = TECModel
+    _no_split_modules = ["TECEmbeddings", "MaskedViTLayer"]
+
+    def __init__(self, config: TECConfig):
+        super().__init__(config)
+        tuned = config.tuning_mode == "encoder_adapters"
+        self.encoder_adapter = TECEncoderAdapter(config) if tuned else None
+        self._keys_to_ignore_on_load_unexpected = [
+            name for name in _BESIDES_ENCODER if not (tuned and "adapt" in name)
+        ]
+        self.post_init()
+        self.freeze()
+
+    def freeze(self) -> None:
+        """Leaves trainable what `config.tuning_mode` says."""
+        mode = self.config.tuning_mode
+        if mode != "full":
+            self.encoder.requires_grad_(False)
+        if mode in ("input_adapter", "encoder_adapters"):
+            self.encoder.embeddings.cls_adapter.requires_grad_(True)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info=False, **kwargs):
+        """
+        As `PreTrainedModel.from_pretrained`, and what is not tuned stays frozen.
+
+        Raises:
+            ValueError: If the encoder adapters are to be tuned and the checkpoint has none.
+        """
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        if any(name.startswith("encoder_adapter.") for name in info["missing_keys"]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has no encoder adapters to tune. Give a pretraining checkpoint of "
+                'TEC, or choose another tuning_mode, for example "input_adapter".'
+            )
+        model.freeze()
+        return (model, info) if output_loading_info else model
+
+    def trained_parameters(self) -> dict[str, int]:
+        """Number of parameters that are trained: of the classifier, the adapters, the encoder without them; total."""
+        parts = {"classifier": 0, "input_adapter": 0, "encoder_adapters": 0, "encoder": 0}
+        prefixes = {
+            "classifier.": "classifier",
+            "encoder.embeddings.cls_adapter.": "input_adapter",
+            "encoder_adapter.": "encoder_adapters",
+            "encoder.": "encoder",
+        }
+        for name, parameter in self.named_parameters():
+            part = next(part for prefix, part in prefixes.items() if name.startswith(prefix))
+            parts[part] += parameter.numel() if parameter.requires_grad else 0
+        return parts | {"total": sum(parts.values())}
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        **kwargs,
+    ) -> ImageClassifierOutput:
+        """As of `MaskedViTForImageClassification`; with encoder adapters the classifier reads their output."""
+        if self.encoder_adapter is None:
+            return super().forward(pixel_values, labels, interpolate_pos_encoding, return_dict=True, **kwargs)
+        outputs = self.encoder(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
+        adapted = self.encoder_adapter(block_outputs(outputs))
+        pooled = adapted[:, 0] if self.config.pooling == "cls" else adapted[:, 1:].mean(dim=1)
+        logits = self.classifier(pooled)
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class TECBackbone(MaskedViTBackbone):
+    """TEC's encoder as a backbone for detection and segmentation."""
+
+    config: TECConfig
+    encoder_class = TECModel
+    _no_split_modules = ["TECEmbeddings", "MaskedViTLayer"]
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+__all__ = ["TECBackbone", "TECForImageClassification", "TECForPreTraining", "TECModel"]
