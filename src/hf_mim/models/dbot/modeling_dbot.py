@@ -61,7 +61,6 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
 
     config: DBOTConfig
     frozen_modules = ("teacher",)
-    frozen_source = "teacher"
 
     def __init__(self, config: DBOTConfig):
         super().__init__(config)
@@ -99,22 +98,21 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
         if config is None:
             names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
             config = DBOTConfig(**{name: getattr(source.config, name) for name in (*names, "num_channels")})
-        model = cls._from_config(cls.config_for_source(source, config), **kwargs)
-        load_source(model.teacher, source)
-        return model.eval()
-
-    @staticmethod
-    def config_for_source(source: FrozenSource, config: DBOTConfig) -> DBOTConfig:
-        """`config` with the fields that describe the teacher."""
         config = copy.deepcopy(config)
         config.teacher_config = describe_config(source.config)
-        config.teacher_image_mean, config.teacher_image_std = source.image_mean, source.image_std
-        return config
+        if source.image_mean is not None:
+            config.teacher_image_mean, config.teacher_image_std = source.image_mean, source.image_std
+        model = cls._from_config(config, **kwargs)
+        model.take_source(source)
+        return model.eval()
+
+    def take_source(self, source: FrozenSource, new_encoder: bool = True) -> None:
+        load_source(self.teacher, source)
 
     @torch.no_grad()
     def next_stage(self) -> "DBOTForPreTraining":
         model = super().next_stage()
-        load_source(model.teacher, read_source(self.encoder))
+        model.take_source(read_source(self.encoder))
         return model
 
     def fill_missing(self, missing: set[str]) -> set[str]:

@@ -328,9 +328,6 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
     # The loss is a mean over the batch already; without this the Trainer would not divide it by the accumulation.
     accepts_loss_kwargs = False
     frozen_modules: tuple[str, ...] = ()
-    # "NAME", where a method learns from a network that can be given trained: `from_NAME(source, config)` takes it, and
-    # the flag --NAME_model_name_or_path.
-    frozen_source: str | None = None
 
     def freeze(self) -> None:
         """Stops gradients of the frozen networks, and puts them in eval mode."""
