@@ -29,6 +29,8 @@ TINY = {
     "pilamim": Tiny(_ENCODER | _DECODER, ("latent_decoder", "pixel_decoder")),
     "ocl": Tiny(_ENCODER, ()),
     "tec": Tiny(_ENCODER | _DECODER, ("base", "decoder", "encoder_adapter")),
+    # Other than by default without stochastic depth, which the tests turn on where they want it.
+    "dbot": Tiny(_ENCODER | _DECODER | {"drop_path_rate": 0.0}, ("decoder", "teacher")),
 }
 
 

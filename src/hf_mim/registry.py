@@ -10,6 +10,7 @@ METHODS = {
     "pilamim": "PiLaMIM",
     "ocl": "OCL",
     "tec": "TEC",
+    "dbot": "DBOT",
 }
 
 # Pretrained as the methods are, under a model_type of transformers, whose Auto classes stay as they are: what is saved

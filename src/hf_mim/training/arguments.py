@@ -14,9 +14,11 @@ class MIMTrainingArguments(TrainingArguments):
     transformers' `TrainingArguments` with MAE's recipe as defaults, a learning rate that scales with the effective
     batch, and warm-up in epochs.
 
+    With several stages (`num_stages`) every other argument describes one stage: its length, its warm-up, its schedule.
+
     Raises:
-        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate, or `contrastive_chunk_size` does
-            not divide the per-device batch.
+        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate, if `contrastive_chunk_size` does
+            not divide the per-device batch, or if the stages do not fit.
     """
 
     base_learning_rate: float = field(
@@ -57,6 +59,24 @@ class MIMTrainingArguments(TrainingArguments):
             "help": "At each evaluation, log linear accuracy for every label (eval_linear_accuracy_LABEL): a logistic "
             "regression fitted anew on the features of that moment, without gradient into the encoder."
         },
+    )
+    num_stages: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stages of a method that has them (dBOT): each trains a new network that learns from the stage "
+            "before. Every other flag describes one stage: num_train_epochs or max_steps is the length of each. "
+            "Default: 1, or as many as stage_epochs or stage_steps has numbers."
+        },
+    )
+    stage_epochs: list[float] | None = field(
+        default=None, metadata={"help": "Epochs of each stage, where they differ; in the place of num_train_epochs."}
+    )
+    stage_steps: list[int] | None = field(
+        default=None, metadata={"help": "Optimiser steps of each stage, where they differ; in the place of max_steps."}
+    )
+    keep_optimizer_state: bool = field(
+        default=False,
+        metadata={"help": "Carry the optimiser's moments from stage to stage, as dBOT's release does."},
     )
     cpu_threads: int | None = field(
         default=None,
@@ -102,6 +122,7 @@ class MIMTrainingArguments(TrainingArguments):
                 f"Choose a divisor, for example "
                 f"{max(divisor for divisor in range(1, max(1, min(chunk, batch)) + 1) if batch % divisor == 0)}."
             )
+        self._check_stages()
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -127,6 +148,28 @@ class MIMTrainingArguments(TrainingArguments):
                     "or choose per_device_train_batch_size yourself."
                 )
             self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
+
+    def _check_stages(self) -> None:
+        if self.stage_epochs is not None and self.stage_steps is not None:
+            raise ValueError("Both stage_epochs and stage_steps are given; each says how long the stages are. Leave one out.")
+        name = "stage_epochs" if self.stage_epochs is not None else "stage_steps"
+        lengths = getattr(self, name)
+        if lengths is not None:
+            if not lengths or min(lengths) <= 0:
+                raise ValueError(f"{name} is {lengths}; expected one number above 0 for each stage.")
+            if self.num_stages is None:
+                self.num_stages = len(lengths)
+            if self.num_stages != len(lengths):
+                raise ValueError(
+                    f"num_stages is {self.num_stages}, and {name} has {len(lengths)} numbers, {lengths}. Give one for "
+                    "each stage, or leave num_stages out."
+                )
+        if self.num_stages is None:
+            self.num_stages = 1
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages is {self.num_stages}; it must be at least 1.")
+        if self.keep_optimizer_state and self.num_stages == 1:
+            raise ValueError("keep_optimizer_state carries moments from stage to stage; num_stages is 1. Leave it out.")
 
     @property
     def effective_batch_size(self) -> int:

@@ -78,7 +78,7 @@ def _check_asked_for(path: str, given: dict, asked: dict) -> None:
 def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     """The pretraining model, with the weights of `model_name_or_path` where given."""
     model_class = method_class(args.model_type, "ForPreTraining")
-    kwargs = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    kwargs = _attention(args)
     if args.model_name_or_path is None:
         return model_class._from_config(config, **kwargs)
     source = AutoConfig.from_pretrained(args.model_name_or_path)
@@ -101,6 +101,15 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     if built:
         logger.warning(f"{args.model_name_or_path} ({source.model_type}) gives the encoder; new: {', '.join(built)}.")
     return model
+
+
+def load_pretraining_model(args: ModelArguments, folder: str) -> MaskedViTForPreTraining:
+    """The pretraining model that a run of the method has saved in `folder`."""
+    return method_class(args.model_type, "ForPreTraining").from_pretrained(folder, **_attention(args))
+
+
+def _attention(args: ModelArguments) -> dict[str, str]:
+    return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
 
 
 def parse_overrides(text: str | None) -> dict:

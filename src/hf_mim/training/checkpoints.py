@@ -45,13 +45,18 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
             f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}delete it; to start from zero, choose "
             "another --output_dir or pass --resume_from_checkpoint false."
         )
-    differences = _differences(json.loads((Path(folder) / "config.json").read_text()), config)
+    check_same_config(Path(folder), config)
+    return str(folder)
+
+
+def check_same_config(folder: Path, config: PreTrainedConfig) -> None:
+    """Raises ValueError if the model in `folder` is another than `config` describes."""
+    differences = _differences(json.loads((folder / "config.json").read_text()), config)
     if differences:
         raise ValueError(
             f"{folder} is a checkpoint of another model ({', '.join(differences)}). Choose another --output_dir, or "
             "the same settings as that run, or pass --resume_from_checkpoint false to start from zero."
         )
-    return str(folder)
 
 
 def find_damage(folder: Path) -> str | None:
@@ -70,15 +75,9 @@ def find_damage(folder: Path) -> str | None:
     for path in shards:
         if not (path / ".metadata").is_file():
             return f"{path.name} is incomplete"
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights and not shards:
-        return "model.safetensors is missing"
-    for path in weights:
-        try:
-            with safe_open(path, "pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            return f"{path.name} cannot be read ({error})"
+    problem = find_damaged_weights(folder) if not shards or list(folder.glob("model*.safetensors")) else None
+    if problem:
+        return problem
     optimizers = [path.name for path in folder.glob("optimizer.*")] or ([] if shards else ["optimizer.pt"])
     # One of each process: more or fewer than there are now, if their number changed.
     random_states = [path.name for path in folder.glob("rng_state*.pth")] or ["rng_state.pth"]
@@ -87,6 +86,20 @@ def find_damage(folder: Path) -> str | None:
             return f"{name} is missing (was it saved with --save_only_model?)"
         if not zipfile.is_zipfile(folder / name):
             return f"{name} is truncated"
+    return None
+
+
+def find_damaged_weights(folder: Path) -> str | None:
+    """What is wrong with the weights that `save_pretrained` wrote into a folder, or None."""
+    weights = sorted(folder.glob("model*.safetensors"))
+    if not weights:
+        return "model.safetensors is missing"
+    for path in weights:
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} cannot be read ({error})"
     return None
 
 

@@ -26,6 +26,14 @@ _METHOD_FIELDS = {
         "decoder_num_attention_heads": 2,
     },
     ("ocl", "large"): {"mask_ratio": 0.4},
+    # At four blocks stochastic depth only takes away.
+    ("dbot", "tiny"): {
+        "decoder_hidden_size": 64,
+        "decoder_num_hidden_layers": 2,
+        "decoder_num_attention_heads": 2,
+        "drop_path_rate": 0.0,
+    },
+    ("dbot", "huge"): {"drop_path_rate": 0.3},
 }
 
 # MAE's schedule (its 40 epochs of warm-up are the default share of 0.05), and one of minutes for tiny.

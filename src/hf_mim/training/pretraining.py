@@ -1,5 +1,6 @@
 """The main job: from flags to a pretrained encoder, and to what it is worth."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -22,11 +23,18 @@ from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, MODEL_TYPES, method_class
 from .arguments import MIMTrainingArguments
-from .building import build_config, build_model
+from .building import build_config, build_model, load_pretraining_model
 from .callbacks import LogReconstructions, SaveOnInterrupt
-from .checkpoints import checkpoint_to_resume
 from .command import ModelArguments, parse_arguments, say
 from .errors import run_job
+from .stages import (
+    mark_finished,
+    optimizer_state_of,
+    run_history,
+    set_later_stages_aside,
+    stage_arguments,
+    where_to_start,
+)
 from .trainer import MIMTrainer
 
 _NUM_SHOWN = 8
@@ -46,10 +54,11 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     Returns:
         `int`: 0, or 130 after an interrupt.
     """
-    if data_args.streaming and training_args.max_steps <= 0:
+    stages = stage_arguments(training_args)
+    if data_args.streaming and any(args.max_steps <= 0 for args in stages):
         raise ValueError("--streaming data has no length, so give --max_steps (and --warmup_steps, not epochs).")
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
-    checkpoint = checkpoint_to_resume(training_args.output_dir, training_args.resume_from_checkpoint, config)
+    first, checkpoint = where_to_start(stages, config)
     data_args.image_size = list(as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
     with PartialState().main_process_first():
@@ -59,48 +68,91 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     mean, std = resolve_mean_std(data_args, pictures.train)
     processor = build_image_processor(as_pair(config.image_size), config.num_channels, mean, std)
     feature_evaluation = build_feature_evaluation(training_args, pictures, processor)
-    train_data, held_out = build_datasets(data_args, training_args, config, pictures, processor, mean, std)
 
-    set_seed(training_args.seed)
-    model = build_model(model_args, config)
-    trainer = MIMTrainer(
-        model=model, args=training_args, train_dataset=train_data, eval_dataset=held_out, processing_class=processor
-    )
-    trainer.feature_evaluation = feature_evaluation
-    shown = trainer.data_collator([held_out[0, index] for index in range(min(_NUM_SHOWN, len(held_out)))])
-    reconstructions = LogReconstructions(trainer, shown, mean, std)
-    interrupt = SaveOnInterrupt(trainer)
-    trainer.add_callback(reconstructions)
-    trainer.add_callback(interrupt)
-    say(
-        f"{MODEL_TYPES[config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; effective batch "
-        f"{training_args.effective_batch_size}, peak learning rate {training_args.learning_rate:.2e}, "
-        f"{'bfloat16' if training_args.bf16 else 'float16' if training_args.fp16 else 'float32'} on "
-        f"{training_args.device}."
-    )
-    if checkpoint is not None:
-        say(f"Resuming from {checkpoint}.")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interrupt.restore()
-    if isinstance(train_data, PretrainingDataset) and train_data.broken_indices:
-        say(f"Skipped {len(train_data.broken_indices)} broken pictures (--skip_broken_images).")
-    if interrupt.stopped:
-        say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
-        return 130
+    requested = False
+    for stage in range(first, len(stages)):
+        # What is left of the stage before goes first: two stages would need twice the memory.
+        trainer = model = reconstructions = interrupt = None
+        gc.collect()
+        args = stages[stage]
+        train_data, held_out = build_datasets(data_args, args, config, pictures, processor, mean, std)
+        set_seed(args.seed)
+        model = build_stage(model_args, config, stages, stage)
+        trainer = MIMTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_data,
+            eval_dataset=held_out,
+            processing_class=processor,
+            stage=stage if len(stages) > 1 else None,
+            optimizer_state=optimizer_state_of(stages[stage - 1]) if stage > 0 and args.keep_optimizer_state else None,
+        )
+        trainer.feature_evaluation = feature_evaluation
+        shown = trainer.data_collator([held_out[0, index] for index in range(min(_NUM_SHOWN, len(held_out)))])
+        reconstructions = LogReconstructions(trainer, shown, mean, std)
+        trainer.add_callback(reconstructions)
+        interrupt = SaveOnInterrupt(trainer)
+        # A request that came too late for the stage before.
+        interrupt.requested = requested
+        trainer.add_callback(interrupt)
+        where = f"Stage {stage} (of stages 0 to {len(stages) - 1}). " if len(stages) > 1 else ""
+        say(
+            f"{where}{MODEL_TYPES[config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; "
+            f"effective batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, "
+            f"{'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'} on {args.device}."
+        )
+        if checkpoint is not None:
+            say(f"Resuming from {checkpoint}.")
+        if stage == first:
+            with PartialState().main_process_first():
+                if PartialState().is_main_process:
+                    set_later_stages_aside(stages, first)
+        try:
+            trainer.train(resume_from_checkpoint=checkpoint)
+        finally:
+            interrupt.restore()
+        checkpoint, requested = None, interrupt.requested
+        if isinstance(train_data, PretrainingDataset) and train_data.broken_indices:
+            say(f"Skipped {len(train_data.broken_indices)} broken pictures (--skip_broken_images).")
+        if interrupt.stopped:
+            say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
+            return 130
+        if len(stages) > 1:
+            save_stage(trainer)
+    # The last stage's model is the run's.
+    trainer.args.output_dir, trainer.args.seed = training_args.output_dir, training_args.seed
     # "Internal": without pushing, which waits for the card.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
     # The files that the evaluation reads are written by one process.
     PartialState().wait_for_everyone()
-    results = evaluate(Path(training_args.output_dir), config, pictures, processor, training_args)
+    folders = {f"stage {stage}": args.output_dir for stage, args in enumerate(stages[:-1])}
+    folders["trained"] = training_args.output_dir
+    results = evaluate(folders, config, pictures, processor, training_args)
     if trainer.is_world_process_zero():
-        write_results(trainer, data_args, pictures, results, reconstructions.last_path)
+        write_results(trainer, data_args, pictures, results, reconstructions.last_path, stages)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
     return 0
+
+
+def build_stage(model_args: ModelArguments, config, stages: list[MIMTrainingArguments], stage: int):
+    """The model of a stage: the flags' for stage 0; then one that learns from what the stage before left on disk."""
+    if stage == 0:
+        return build_model(model_args, config)
+    return load_pretraining_model(model_args, stages[stage - 1].output_dir).next_stage()
+
+
+def save_stage(trainer: MIMTrainer) -> None:
+    """Leaves in the stage's folder its model and, last, the word that it is finished."""
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        if trainer.args.keep_optimizer_state:
+            torch.save(trainer.optimizer.state_dict(), optimizer_state_of(trainer.args))
+        mark_finished(trainer.args)
+    PartialState().wait_for_everyone()
 
 
 def build_feature_evaluation(
@@ -175,40 +227,45 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
 
 
 def write_results(
-    trainer, data_args, pictures: PictureSplits, results: dict | None, reconstructions: Path | None
+    trainer,
+    data_args,
+    pictures: PictureSplits,
+    results: dict | None,
+    reconstructions: Path | None,
+    stages: list[MIMTrainingArguments],
 ) -> None:
     """Writes loss curves, `features.json` and the card; says what the features are worth and where everything is."""
     folder = Path(trainer.args.output_dir)
     drawn = [reconstructions] if reconstructions is not None else []
-    if draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png"):
+    history = run_history(stages) if len(stages) > 1 else trainer.state.log_history
+    if draw_loss_curves(history, folder / "loss_curves.png"):
         drawn.append(folder / "loss_curves.png")
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
     if results is not None:
         (folder / "features.json").write_text(json.dumps(results, indent=2) + "\n")
         say("\n" + format_results(results))
     name = trainer.args.hub_model_id or str(folder)
-    write_card(folder, name, config, describe_training(trainer, data_args, pictures), results)
+    write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results)
     after = " after `import hf_mim`" if config.model_type in METHODS else ""
     say(f"\nThe model is in {folder}: AutoModel.from_pretrained({str(folder)!r}){after}.")
     if drawn:
         say("Pictures: " + ", ".join(str(path) for path in drawn))
 
 
-def evaluate(folder, config, pictures: PictureSplits, processor, args) -> dict | None:
+def evaluate(folders: dict[str, str], config, pictures: PictureSplits, processor, args) -> dict | None:
     """
-    What raw pixels, the untrained network and the saved one are worth, for every label.
+    What raw pixels, the untrained network and the saved ones (folders by name) are worth, for every label.
 
     None where the training data is a stream, which cannot be gone through again. Each process takes its share.
     """
     if isinstance(pictures.train, PictureStream):
         return None
     set_seed(args.seed)
-    encoders = {
-        "untrained": method_class(config.model_type, "ForPreTraining")(config).encoder,
-        # Not AutoModel: a stock ViTMAE hides three quarters of the picture.
-        "trained": method_class(config.model_type, "Model").from_pretrained(folder),
-    }
-    encoders = {name: FeatureEncoder(encoder.eval()).to(args.device) for name, encoder in encoders.items()}
+    networks = {"untrained": method_class(config.model_type, "ForPreTraining")(config).encoder}
+    # Not AutoModel: a stock ViTMAE hides three quarters of the picture.
+    encoder_class = method_class(config.model_type, "Model")
+    networks |= {name: encoder_class.from_pretrained(folder) for name, folder in folders.items()}
+    encoders = {name: FeatureEncoder(network.eval()).to(args.device) for name, network in networks.items()}
     splits = labelled_splits(pictures)
     features = [
         extract_features(
@@ -241,10 +298,11 @@ def describe_data(pictures: PictureSplits) -> str:
     return f"{len(pictures.train)} training and {len(pictures.validation)} held-out pictures"
 
 
-def describe_training(trainer, data_args, pictures: PictureSplits) -> dict[str, str]:
+def describe_training(trainer, data_args, pictures: PictureSplits, stages) -> dict[str, str]:
     """The settings that the model card tells."""
     args = trainer.args
-    return {
+    several = {"stages": f"{len(stages)}; what follows is of the last"} if len(stages) > 1 else {}
+    return several | {
         "data": f"{data_args.dataset_name or data_args.train_dir or 'scenes (embedded)'}, {describe_data(pictures)}",
         "steps": f"{trainer.state.global_step}, of {args.effective_batch_size} pictures",
         "peak learning rate": f"{args.learning_rate:.3g}, cosine; weight decay {args.weight_decay:g}",

@@ -39,16 +39,21 @@ class MIMTrainer(Trainer):
     Args:
         As `Trainer`; `args` is a [`MIMTrainingArguments`], `train_dataset` a `PretrainingDataset` or a
         `StreamingPretrainingDataset`.
+        stage (`int`, *optional*): Of a run of several; logged as `stage`.
+        optimizer_state (path, *optional*): A saved optimiser whose state, but not whose learning rate, training
+            starts with.
 
     Raises:
-        ValueError: If the training data set has fewer pictures than one step needs, under FSDP version 1, or if
-            `contrastive_chunk_size` is given for a model whose loss compares no pictures.
+        ValueError: If the training data set has fewer pictures than one step needs; under FSDP version 1, or under
+            FSDP with `keep_optimizer_state`; or if `contrastive_chunk_size` is given for a model whose loss compares
+            no pictures.
         NonFiniteLossError: In training, when a loss is not finite; checked when logging, before saving and at the end.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, stage: int | None = None, optimizer_state: str | Path | None = None, **kwargs):
         kwargs.setdefault("data_collator", pretraining_collator)
         super().__init__(*args, **kwargs)
+        self.stage, self.optimizer_state = stage, optimizer_state
         # The models return a loss without labels; the Trainer only looks for an argument `return_loss`.
         self.can_return_loss = True
         # Called with the encoder at each evaluation; gives metrics by name.
@@ -71,6 +76,8 @@ class MIMTrainer(Trainer):
             logger.warning("FSDP is not for CPUs: accelerate leaves --fsdp out, and every process holds all weights.")
 
     def _prepare_fsdp(self, plugin) -> None:
+        if self.args.keep_optimizer_state:
+            raise ValueError("--keep_optimizer_state does not work with FSDP, which shards the optimiser's state.")
         if plugin.fsdp_version == 1:
             raise ValueError(
                 "FSDP version 1 flattens parameters across sub-modules, so that an averaged target would be averaged "
@@ -165,6 +172,14 @@ class MIMTrainer(Trainer):
         matrices = (nn.Linear, nn.Conv2d)
         return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, matrices)]
 
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if created and self.optimizer_state is not None:
+            state = torch.load(self.optimizer_state, map_location="cpu", weights_only=True)["state"]
+            optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        return optimizer
+
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         epochs = self.args.warmup_epochs
         if epochs is not None:
@@ -231,6 +246,8 @@ class MIMTrainer(Trainer):
             self.check_losses()
         if "loss" in logs:
             logs.update(self.train_losses.average(self.accelerator) | self.collapse_watch.last)
+        if self.stage is not None:
+            logs["stage"] = self.stage
         super().log(logs, start_time)
 
     def check_losses(self) -> None:

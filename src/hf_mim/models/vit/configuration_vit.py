@@ -78,6 +78,15 @@ class MaskedViTConfig(BackboneConfigMixin, PreTrainedConfig):
         rows, columns = self.grid_size
         return rows * columns
 
+    def for_next_stage(self) -> "MaskedViTConfig":
+        """
+        The config of the model that learns from this one's, in training of several stages.
+
+        Raises:
+            ValueError: If the method is not trained in stages.
+        """
+        raise ValueError(f"{self.model_type} is not trained in stages. Leave num_stages out.")
+
     def check_sizes(self) -> None:
         """Raises ValueError where sizes do not fit. Models call it again: fields can be set after construction."""
         for name in ("image_size", "patch_size"):

@@ -389,6 +389,17 @@ class PreTrainingMixin:
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
         """Called by the trainer after each optimiser step. `step` counts from 0 to `num_steps - 1`."""
 
+    def next_stage(self) -> "MaskedViTForPreTraining":
+        """
+        An untrained model that learns from this one, for the next stage of training in several. It depends on the
+        random state, and on nothing of this model but its config and its encoder.
+
+        Raises:
+            ValueError: If the method is not trained in stages.
+        """
+        attention = self.config._attn_implementation
+        return type(self)._from_config(self.config.for_next_stage(), attn_implementation=attention)
+
     def reconstruct(
         self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:

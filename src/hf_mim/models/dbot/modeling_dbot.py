@@ -1,0 +1,182 @@
+"""dBOT: a masked student predicts the features that a frozen teacher has of the whole picture."""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.utils import ModelOutput, logging
+from transformers.utils.generic import can_return_tuple
+
+from ..vit.frozen import FrozenSource, FrozenViT, describe_config, frozen_config, load_source, read_source
+from ..vit.modeling_vit import (
+    MaskedViTBackbone,
+    MaskedViTDecoder,
+    MaskedViTForImageClassification,
+    MaskedViTForPreTraining,
+    MaskedViTModel,
+)
+from .configuration_dbot import DBOTConfig
+
+logger = logging.get_logger(__name__)
+
+# What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
+_BESIDES_ENCODER = [r"^teacher\.", r"^decoder\.", r"^classifier\."]
+_TARGET_EPS = 1e-6
+
+
+@dataclass
+class DBOTForPreTrainingOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `()`): What is minimised: `loss_distillation`.
+        loss_distillation (`torch.FloatTensor` of shape `()`): Smooth L1 of the hidden patches and [CLS].
+        predictions (`torch.FloatTensor` of shape `(batch_size, 1 + num_patches, teacher's width)`): [CLS] first.
+        targets (`torch.FloatTensor` of shape `(batch_size, 1 + num_patches, teacher's width)`): The teacher's
+            features, each token normalised; [CLS] first.
+        mask (`torch.FloatTensor` of shape `(batch_size, num_patches)`): 1 where hidden from the encoder.
+        ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Place of patch i in shuffled order.
+        hidden_states, attentions: Of the encoder, when asked for.
+    """
+
+    loss: torch.FloatTensor | None = None
+    loss_distillation: torch.FloatTensor | None = None
+    predictions: torch.FloatTensor | None = None
+    targets: torch.FloatTensor | None = None
+    mask: torch.FloatTensor | None = None
+    ids_restore: torch.LongTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class DBOTModel(MaskedViTModel):
+    """The encoder that dBOT pretrains: the student."""
+
+    config: DBOTConfig
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+class DBOTForPreTraining(MaskedViTForPreTraining):
+    """Student, decoder and frozen teacher (section 3 of the paper)."""
+
+    config: DBOTConfig
+    frozen_modules = ("teacher",)
+
+    def __init__(self, config: DBOTConfig):
+        super().__init__(config)
+        self.encoder = DBOTModel(config)
+        pixels = {
+            "source_mean": config.image_mean,
+            "source_std": config.image_std,
+            "target_mean": config.teacher_image_mean,
+            "target_std": config.teacher_image_std,
+        }
+        self.teacher = FrozenViT(frozen_config(config.teacher_config, config), grid=config.grid_size, pixels=pixels)
+        self.decoder = MaskedViTDecoder(config, self.teacher.hidden_size, config.drop_path_rate)
+        self.post_init()
+        self.freeze()
+
+    @classmethod
+    def from_teacher(cls, teacher, config: DBOTConfig | None = None, **kwargs) -> "DBOTForPreTraining":
+        """
+        A new student of a trained network.
+
+        Args:
+            teacher (`PreTrainedModel`, or a path or name on the Hub): Any ViT with a [CLS] token: of hf_mim, ViT,
+                ViTMAE, DINOv2 and DINOv3 with or without registers, CLIP's vision tower. A path's
+                `preprocessor_config.json` tells how it wants pixels normalised.
+            config (`DBOTConfig`, *optional*): Of the new model; `teacher_config` and, where the teacher tells it,
+                `teacher_image_mean` and `teacher_image_std` are filled in. None: the teacher's width, depth, heads and
+                grid.
+            kwargs: As of `DBOTForPreTraining._from_config`, e.g. `attn_implementation`.
+
+        Raises:
+            ValueError: If the network cannot be a teacher, or the patch grids differ, with the reason.
+            OSError: If there is no such model.
+        """
+        source = read_source(teacher)
+        if config is None:
+            names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+            config = DBOTConfig(**{name: getattr(source.config, name) for name in (*names, "num_channels")})
+        config = copy.deepcopy(config)
+        config.teacher_config = describe_config(source.config)
+        if source.image_mean is not None:
+            config.teacher_image_mean, config.teacher_image_std = source.image_mean, source.image_std
+        model = cls._from_config(config, **kwargs)
+        model.take_source(source)
+        return model.eval()
+
+    def take_source(self, source: FrozenSource, new_encoder: bool = True) -> None:
+        load_source(self.teacher, source)
+
+    @torch.no_grad()
+    def next_stage(self) -> "DBOTForPreTraining":
+        model = super().next_stage()
+        model.take_source(read_source(self.encoder))
+        return model
+
+    def fill_missing(self, missing: set[str]) -> set[str]:
+        if any(name.startswith("teacher.") for name in missing):
+            logger.warning("The checkpoint has no teacher: DBOTForPreTraining.from_teacher takes a trained one.")
+        return missing
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+    ) -> DBOTForPreTrainingOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
+            noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
+                with the smallest are kept. Drawn if None.
+
+        Raises:
+            ValueError: If the shapes are not those of the config.
+        """
+        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
+        student = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
+        predictions = self.decoder(student.last_hidden_state, ids_restore).float()
+        targets = self.teacher_targets(pixel_values)
+        loss = self.masked_smooth_l1(predictions, targets, mask)
+        return DBOTForPreTrainingOutput(
+            loss=loss,
+            loss_distillation=loss,
+            predictions=predictions,
+            targets=targets,
+            mask=mask,
+            ids_restore=ids_restore,
+            hidden_states=student.hidden_states,
+            attentions=student.attentions,
+        )
+
+    @torch.no_grad()
+    def teacher_targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """The teacher's last block's output, before its final norm, each token with mean 0 and (unbiased) variance 1."""
+        (features,) = self.teacher(pixel_values).last_hidden_states
+        variance, mean = torch.var_mean(features.float(), dim=-1, keepdim=True)
+        return (features - mean) / (variance + _TARGET_EPS).sqrt()
+
+    def masked_smooth_l1(self, predictions: torch.Tensor, targets: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Mean over the channels, then over the hidden patches and [CLS], which counts as one of them."""
+        loss = nn.functional.smooth_l1_loss(predictions, targets, reduction="none", beta=self.config.smooth_l1_beta)
+        loss = loss.mean(dim=-1)
+        return (loss[:, 0].sum() + (loss[:, 1:] * mask).sum()) / (len(mask) + mask.sum())
+
+
+class DBOTForImageClassification(MaskedViTForImageClassification):
+    """dBOT's encoder with a linear classifier."""
+
+    config: DBOTConfig
+    encoder_class = DBOTModel
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+class DBOTBackbone(MaskedViTBackbone):
+    """dBOT's encoder as a backbone for detection and segmentation."""
+
+    config: DBOTConfig
+    encoder_class = DBOTModel
+    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+
+
+__all__ = ["DBOTBackbone", "DBOTForImageClassification", "DBOTForPreTraining", "DBOTModel"]
