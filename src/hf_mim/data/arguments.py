@@ -19,7 +19,8 @@ class DataArguments:
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_dir: str | None = field(
-        default=None, metadata={"help": "Folder of pictures, with or without a sub-folder per class, or of idx files."}
+        default=None,
+        metadata={"help": "Folder of pictures, with or without a sub-folder per class, of idx files, or CLEVR_v1.0."},
     )
     validation_dir: str | None = field(default=None, metadata={"help": "The same for the held-out pictures."})
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})

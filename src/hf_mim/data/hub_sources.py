@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .arguments import TORCHVISION_PREFIX
+from .clevr import with_clevr_tasks
 from .sources import PictureDataset, PictureStream, check_folder
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
@@ -80,8 +81,9 @@ def from_datasets(
     """Splits of a `datasets.DatasetDict` as pictures, by name.
 
     Labels are the columns of type `ClassLabel`, or `label_columns`. The classes of a column of any other type are the
-    values that occur in it, in any of the splits, in order.
+    values that occur in it, in any of the splits, in order. CLEVR's annotations become the labels count and distance.
     """
+    splits = {name: with_clevr_tasks(split) for name, split in splits.items()}
     columns, labels = {}, {}
     for name, split in splits.items():
         columns[name] = find_image_column(split.features, image_column, f"{source} ({name})")

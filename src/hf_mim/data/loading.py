@@ -9,6 +9,7 @@ import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .arguments import AUTO, TORCHVISION_PREFIX, DataArguments
+from .clevr import from_clevr, is_clevr
 from .hub_sources import VALIDATION_SPLITS, from_datasets, from_stream, from_torchvision, load_splits
 from .pictures import BrokenPictureError
 from .sources import PictureDataset, PictureStream, check_folder, from_folder, from_idx, has_idx_files
@@ -107,6 +108,8 @@ def _decode_once(pictures: PictureDataset) -> PictureDataset:
 
 def _load_folders(args: DataArguments):
     roots = [check_folder(path) for path in (args.train_dir, args.validation_dir) if path]
+    if is_clevr(roots[0]):
+        return from_clevr(roots[0], args.num_channels)
     if not has_idx_files(roots[0]):
         train, *validation = from_folder(roots, args.num_channels)
         return train, validation[0] if validation else None

@@ -172,7 +172,7 @@ class PictureStream:
 # --- a folder of pictures
 
 
-class _Paths:
+class FilePictures:
     """Paths below a root, in one array: a million Python strings would be copied into every worker, page by page."""
 
     def __init__(self, root: str, paths: list[str]):
@@ -237,7 +237,7 @@ def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
     numbers = {name: number for number, name in enumerate(classes)}
     return [
         PictureDataset(
-            _Paths(os.path.expanduser(root), paths),
+            FilePictures(os.path.expanduser(root), paths),
             num_channels,
             source=os.fspath(root),
             labels={"label": [numbers[Path(path).parts[0]] for path in paths]} if labelled else None,

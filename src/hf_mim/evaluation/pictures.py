@@ -34,7 +34,7 @@ def draw_reconstructions(pixel_values, mask, predicted, mean, std) -> Image.Imag
     masked = original * (1 - mask) + 0.5 * mask
     reconstructed = original * (1 - mask) + prediction * mask
     rows = {"original": original, "masked": masked, "reconstructed": reconstructed}
-    return label_rows({name: _to_rgb(images) for name, images in rows.items()})
+    return label_rows({name: to_rgb(images) for name, images in rows.items()})
 
 
 def label_rows(rows: dict[str, np.ndarray]) -> Image.Image:
@@ -47,13 +47,14 @@ def label_rows(rows: dict[str, np.ndarray]) -> Image.Image:
     number, height, width = next(iter(rows.values())).shape[:3]
     scale = max(1, _TILE // min(height, width))
     height, width = height * scale, width * scale
-    sheet = Image.new("RGB", (_LABEL + number * (width + _GAP), len(rows) * (height + _GAP)), "white")
+    label = max(_LABEL, 14 + round(max(_font().getlength(name) for name in rows)))
+    sheet = Image.new("RGB", (label + number * (width + _GAP), len(rows) * (height + _GAP)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, (name, pictures) in enumerate(rows.items()):
-        draw.text((_LABEL - 6, i * (height + _GAP) + height // 2), name, "black", _font(), anchor="rm")
+        draw.text((label - 6, i * (height + _GAP) + height // 2), name, "black", _font(), anchor="rm")
         for j, picture in enumerate(pictures):
             enlarged = Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (_LABEL + j * (width + _GAP), i * (height + _GAP)))
+            sheet.paste(enlarged, (label + j * (width + _GAP), i * (height + _GAP)))
     return sheet
 
 
@@ -61,7 +62,8 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=13)
 
 
-def _to_rgb(images: torch.Tensor) -> np.ndarray:
+def to_rgb(images: torch.Tensor) -> np.ndarray:
+    """Pictures (n, channels, height, width) in [0, 1] as uint8 (n, height, width, 3); of other channels the first."""
     if images.shape[1] != 3:
         images = images[:, :1].expand(-1, 3, -1, -1)
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -34,7 +34,7 @@ _MAE = _PAPER | {"base_learning_rate": [0.1], "num_train_epochs": 90, "batch_siz
 PRESETS = {
     # Minutes on a CPU.
     "tiny": {
-        "learning_rate": [0.3, 1.0, 3.0, 10.0, 30.0],
+        "learning_rate": [1.0, 3.0, 10.0, 30.0, 100.0],
         "num_train_epochs": 30,
         "warmup_epochs": 3,
         "batch_size": 256,
@@ -188,7 +188,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "linear_probe.json"
         path.write_text(json.dumps(_describe(args, data_args, train, test) | {"results": results}, indent=2) + "\n")
-        print(f"\nTop-1 accuracy in % on {len(test)} held-out pictures")
+        print(f"\nAccuracy in % on {len(test)} held-out pictures: last epoch / best epoch (which)")
         print(text_table(probe_table(results)))
         print(f"\nAll epochs are in {path}.", flush=True)
     PartialState().wait_for_everyone()
@@ -196,12 +196,11 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
 
 
 def probe_table(results: dict[str, list[dict]]) -> list[list[str]]:
-    """Rows of text, the head first: label, learning rate, accuracy after the last and after the best epoch."""
-    rows = [["label", "learning rate", "last epoch", "best epoch"]]
-    for label, heads in results.items():
-        for head in heads:
-            best = f"{head['best']:.1f} ({head['best_epoch']})"
-            rows.append([label, f"{head['learning_rate']:g}", f"{head['last']:.1f}", best])
+    """Rows of text, the head first: for each learning rate and label, accuracy after the last / the best epoch."""
+    rows = [["learning rate", *results]]
+    for heads in zip(*results.values(), strict=True):
+        cells = [f"{head['last']:.1f} / {head['best']:.1f} ({head['best_epoch']})" for head in heads]
+        rows.append([f"{heads[0]['learning_rate']:g}", *cells])
     return rows
 
 
