@@ -11,7 +11,7 @@ from transformers.utils import logging
 from ..hub.vit import encoder_from_vit
 from ..models.vit.configuration_vit import as_pair
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
-from ..registry import METHODS, method_class
+from ..registry import ENCODER, METHODS, method_class
 from .command import ModelArguments
 from .presets import preset_config
 
@@ -137,7 +137,7 @@ def _read_value(text: str):
 def _load_encoder(path: str):
     source = AutoConfig.from_pretrained(path)
     encoder = AutoModel.from_pretrained(path, dtype=torch.float32)
-    return encoder if source.model_type in METHODS else encoder_from_vit(encoder)
+    return encoder if source.model_type in METHODS | ENCODER else encoder_from_vit(encoder)
 
 
 def _fields_of_weights(path: str, model_type: str) -> dict:
@@ -148,6 +148,6 @@ def _fields_of_weights(path: str, model_type: str) -> dict:
     if config.model_type == model_type:
         names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
         return {name: getattr(config, name) for name in names if not name.startswith("_")}
-    if config.model_type not in METHODS:
+    if config.model_type not in METHODS | ENCODER:
         config = _load_encoder(path).config
     return {name: getattr(config, name) for name in _ENCODER_FIELDS}

@@ -3,10 +3,12 @@
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from ..registry import MODEL_TYPES
@@ -46,18 +48,23 @@ class ModelArguments:
     )
 
 
-def parse_arguments(argument_classes: tuple[type, ...], argv: list[str] | None = None) -> tuple:
+def parse_arguments(
+    argument_classes: tuple[type, ...], argv: list[str] | None = None, presets: Mapping[str, dict] | None = None
+) -> tuple:
     """
     Instances of the dataclasses from the command line.
 
     The first word may be a `.json`, `.yaml` or `.yml` recipe: a table of flags without dashes. What is typed overrides
-    the recipe, which overrides the preset, which overrides the defaults.
+    the recipe, which overrides the preset, which overrides the defaults. `presets` has the flags that each preset
+    sets; those of pretraining by default.
 
     Raises:
         ValueError: If the recipe is not a table, if a flag does not exist, or if a value is not of its type.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = _read_recipe(argv.pop(0)) if argv and argv[0].endswith((".json", ".yaml", ".yml")) else {}
+    if presets is None:
+        presets = {name: preset_training(name) for name in PRESETS}
     parser = _Parser(argument_classes)
     known = {action.dest for action in parser._actions}
     unknown = sorted(set(recipe) - known)
@@ -67,7 +74,7 @@ def parse_arguments(argument_classes: tuple[type, ...], argv: list[str] | None =
         )
     typed = _chosen(argument_classes, argv)
     preset = typed.get("preset", recipe.get("preset", parser.get_default("preset")))
-    defaults = preset_training(preset) if preset in PRESETS else {}
+    defaults = dict(presets.get(preset, {}))
     for lower, upper in ((recipe, typed), (defaults, recipe), (defaults, typed)):
         for flag, stronger in _STRONGER.items():
             if flag in upper and stronger not in upper:
@@ -120,3 +127,9 @@ def _read_recipe(name: str) -> dict:
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe {name} is not a table of flags.")
     return recipe
+
+
+def say(text: str) -> None:
+    """Prints once, not once a process."""
+    if PartialState().is_main_process:
+        print(text, flush=True)

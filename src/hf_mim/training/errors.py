@@ -1,16 +1,39 @@
 """Which errors are the user's to mend, and are said in a line; all others keep their stack."""
 
+import gc
 import os
 import re
+import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
+from accelerate import PartialState
 from transformers import Trainer
+from transformers.utils import logging
 
 from ..data.pictures import BrokenPictureError
 from .trainer import NonFiniteLossError
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
+
+
+def run_job(job: Callable[[], int]) -> int:
+    """Runs what a script does, says in a line what the user can mend, and returns the exit status."""
+    try:
+        status = job()
+        # Left to the interpreter's end, the wrapped model's gloo threads now and then abort the process (torch 2.15).
+        gc.collect()
+        PartialState().destroy_process_group()
+        return status
+    except Exception as error:
+        # What the user can mend is said without a page of stack; everything else keeps its stack.
+        message = plain_message(error)
+        if message is None or logging.get_verbosity() <= logging.INFO:
+            raise
+        rank = int(os.environ.get("RANK", 0))
+        print(f"\nError{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
+        return 1
 
 
 def plain_message(error: Exception) -> str | None:

@@ -1,4 +1,4 @@
-"""A Trainer for every ForPreTraining model of hf_mim."""
+"""A Trainer for every ForPreTraining model of hf_mim, and the base of the one that fine-tunes."""
 
 import functools
 import shutil
@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..data.pretraining import EpochSampler, StreamingPretrainingDataset, pretraining_collator
 from .checkpoints import checkpoints_in
@@ -175,7 +175,7 @@ class MIMTrainer(Trainer):
     # Losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = self.forward_loss(model, inputs, num_items_in_batch)
         losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         if model.training:
             # As the loss itself: a step counts as its mean over micro-batches, though an epoch's last has fewer.
@@ -186,6 +186,15 @@ class MIMTrainer(Trainer):
         else:
             self.eval_losses.add(losses, weight=len(inputs[self.model.main_input_name]))
         return (loss, outputs) if return_outputs else loss
+
+    def forward_loss(self, model, inputs, num_items_in_batch) -> tuple[torch.Tensor, ModelOutput]:
+        """The loss that is minimised, and the model's outputs."""
+        return super().compute_loss(model, inputs, True, num_items_in_batch)
+
+    def after_optimizer_step(self) -> None:
+        """Calls what the model wants to be called."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.after_optimizer_step(self.state.global_step, self.state.max_steps)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # Only the loss: the predictions of all pictures would fill the memory.
@@ -247,8 +256,8 @@ class MIMTrainer(Trainer):
             self.model.config.save_pretrained(output_dir)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        # transformers writes the weights of ViT and ViTMAE under the names of its older versions, which its Trainer does
-        # not find again. A checkpoint keeps the names of the modules; the model at the end gets the others.
+        # transformers writes the weights of ViT and ViTMAE under the names of its older versions, and its Trainer does
+        # not find them again. A checkpoint keeps the modules' names; the model at the end gets the others.
         if output_dir not in (None, self.args.output_dir):
             self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_original_format=False)
         try:
@@ -326,5 +335,4 @@ class _ModelHooks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.accelerator.optimizer_step_was_skipped:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-            model.after_optimizer_step(state.global_step, state.max_steps)
+            self.trainer.after_optimizer_step()
