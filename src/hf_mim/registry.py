@@ -79,11 +79,8 @@ class _LazyClass(type):
 
 
 def _lazy_class(model_type: str, suffix: str) -> type:
-    return _LazyClass(
-        (METHODS | ENCODER)[model_type] + suffix,
-        (),
-        {"resolve": staticmethod(lambda: method_class(model_type, suffix))},
-    )
+    name = (METHODS | ENCODER)[model_type] + suffix
+    return _LazyClass(name, (), {"resolve": staticmethod(lambda: method_class(model_type, suffix))})
 
 
 def register_auto_classes() -> None:
