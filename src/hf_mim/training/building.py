@@ -129,6 +129,7 @@ def build_classifier(args: ClassifierArguments, config) -> PreTrainedModel:
         model = method_class(config.model_type, "ForImageClassification")._from_config(config, **kwargs)
         if source is not None:
             model.encoder.load_state_dict(_load_encoder(path).state_dict())
+        _start_head(model)
         return model
     model, info = AutoModelForImageClassification.from_pretrained(
         path,
@@ -142,10 +143,18 @@ def build_classifier(args: ClassifierArguments, config) -> PreTrainedModel:
     missing = set(info["missing_keys"]) - head
     if missing:
         raise ValueError(f"{path} lacks weights of the encoder: {', '.join(sorted(missing)[:3])} ({len(missing)}).")
-    if not info["missing_keys"] and source.id2label != config.id2label:
-        logger.warning(f"{path} is a classifier of other labels: the head starts anew.")
-        model.classifier.reset_parameters()
+    has_head = not info["missing_keys"] and not info["mismatched_keys"]
+    if not has_head or source.id2label != config.id2label:
+        if any("ImageClassification" in name for name in source.architectures or ()):
+            logger.warning(f"{path} is a classifier of other labels: the head starts anew.")
+        _start_head(model)
     return model
+
+
+def _start_head(model: PreTrainedModel) -> None:
+    """Near zero, as MAE's fine-tuning: the first steps do not push a random head's gradient through the encoder."""
+    torch.nn.init.trunc_normal_(model.classifier.weight, std=2e-5)
+    torch.nn.init.zeros_(model.classifier.bias)
 
 
 def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:

@@ -97,6 +97,8 @@ class FineTuningArguments(MIMTrainingArguments):
         if self.ema_decay is not None and self.load_best_model_at_end:
             raise ValueError("--load_best_model_at_end takes a checkpoint's weights, not the averages of --ema_decay.")
         super().__post_init__()
+        if self.ema_decay is not None and self.fsdp_plugin_args is not None:
+            raise ValueError("--ema_decay needs whole weights in each process: not with --fsdp.")
         # Only a few indices a picture are kept of the predictions.
         self.prediction_loss_only = False
         self.label_names = ["labels"]
