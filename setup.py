@@ -9,6 +9,8 @@ extras = {
     "tracking": ["tensorboard>=2.21", "trackio>=0.43"],
     # t-SNE in the representation report.
     "viz": ["scikit-learn>=1.9"],
+    # Low-rank fine-tuning.
+    "peft": ["peft>=0.21"],
     # Multiband pictures.
     "tiff": ["tifffile>=2026.3", "imagecodecs>=2026.3"],
 }
@@ -40,6 +42,7 @@ setup(
         "accelerate>=1.15",
         "datasets>=5.2",
         "evaluate>=0.4.6",
+        "timm>=1.0.31",
         "safetensors>=0.8",
         "huggingface-hub>=2.4",
         "matplotlib>=3.11",

@@ -5,7 +5,7 @@ Importing this package registers its models with transformers' Auto classes. Eve
 
 import importlib
 
-from .registry import _AUTO_CLASSES, METHODS, method_class, register_auto_classes
+from .registry import _AUTO_CLASSES, ENCODER, METHODS, method_class, register_auto_classes
 
 __version__ = "0.1.0.dev0"
 
@@ -18,8 +18,9 @@ _FUNCTIONS = {
 }
 _CLASSES = {
     prefix + suffix: (model_type, suffix)
-    for model_type, prefix in METHODS.items()
+    for model_type, prefix in (METHODS | ENCODER).items()
     for suffix in ("Config", *_AUTO_CLASSES.values())
+    if model_type in METHODS or suffix != "ForPreTraining"
 }
 
 __all__ = [*_CLASSES, *_FUNCTIONS]

@@ -18,6 +18,10 @@ METHODS = {
 BASELINES = {
     "vit_mae": "ViTMAE",
 }
+# The encoder without a method, in `hf_mim.models.vit`: what a stock ViT or ViTMAE becomes for fine-tuning.
+ENCODER = {
+    "masked_vit": "MaskedViT",
+}
 # What --model_type may be.
 MODEL_TYPES = METHODS | BASELINES
 
@@ -28,6 +32,7 @@ _AUTO_CLASSES = {
     "AutoModelForImageClassification": "ForImageClassification",
     "AutoBackbone": "Backbone",
 }
+_OF_BASELINES = ("Config", "Model", "ForPreTraining")
 _IMAGE_PROCESSING_AUTO = "transformers.models.auto.image_processing_auto"
 
 
@@ -39,19 +44,25 @@ def method_module(model_type: str, kind: str):
         ValueError: If there is no such method.
     """
     # The baseline's original checkpoints are on the Hub in transformers' form.
-    known = METHODS if kind == "convert" else MODEL_TYPES
+    known = METHODS if kind == "convert" else MODEL_TYPES | ENCODER
     if model_type not in known:
         raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(known)}.")
-    return importlib.import_module(f"hf_mim.models.{model_type}.{kind}_{model_type}")
+    folder = "vit" if model_type in ENCODER else model_type
+    return importlib.import_module(f"hf_mim.models.{folder}.{kind}_{folder}")
 
 
 def method_class(model_type: str, suffix: str) -> type:
     """
     A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification" or "Backbone"; a
-    baseline has the first three.
+    baseline has the first three, the encoder without a method all but "ForPreTraining".
+
+    Raises:
+        ValueError: If there is no such method or class.
     """
+    if model_type in (ENCODER if suffix == "ForPreTraining" else BASELINES if suffix not in _OF_BASELINES else ()):
+        raise ValueError(f"model_type {model_type!r} has no {suffix} class.")
     kind = "configuration" if suffix == "Config" else "modeling"
-    return getattr(method_module(model_type, kind), MODEL_TYPES[model_type] + suffix)
+    return getattr(method_module(model_type, kind), (MODEL_TYPES | ENCODER)[model_type] + suffix)
 
 
 class _LazyClass(type):
@@ -71,19 +82,20 @@ class _LazyClass(type):
 
 
 def _lazy_class(model_type: str, suffix: str) -> type:
-    return _LazyClass(
-        METHODS[model_type] + suffix, (), {"resolve": staticmethod(lambda: method_class(model_type, suffix))}
-    )
+    name = (METHODS | ENCODER)[model_type] + suffix
+    return _LazyClass(name, (), {"resolve": staticmethod(lambda: method_class(model_type, suffix))})
 
 
 def register_auto_classes() -> None:
     """Makes AutoConfig, AutoModel and the others know our methods. Imports their configurations, no model."""
     import transformers
 
-    for model_type in METHODS:
+    for model_type in METHODS | ENCODER:
         config_class = method_class(model_type, "Config")
         transformers.AutoConfig.register(model_type, config_class, exist_ok=True)
         for auto_class, suffix in _AUTO_CLASSES.items():
+            if model_type in ENCODER and suffix == "ForPreTraining":
+                continue
             mapping = getattr(transformers, auto_class)._model_mapping
             mapping.register(config_class, _lazy_class(model_type, suffix), exist_ok=True)
     # Importing AutoImageProcessor costs more than all the rest: our processor is registered when somebody else does.
@@ -96,7 +108,7 @@ def register_auto_classes() -> None:
 def _register_image_processor(module) -> None:
     from .data.image_processing import MIMImageProcessor
 
-    for model_type in METHODS:
+    for model_type in METHODS | ENCODER:
         module.AutoImageProcessor.register(
             method_class(model_type, "Config"),
             image_processor_classes={"torchvision": MIMImageProcessor},

@@ -67,22 +67,24 @@ class PretrainingDataset(Dataset):
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = epoch_and_index
-        return self.transform(self._read(index), epoch, index)
+        _, picture = self._read(index)
+        return self.transform(picture, epoch, index)
 
     @property
     def broken_indices(self) -> list[int]:
         """Indices of the broken pictures met so far by this process and its workers (`skip_broken` only)."""
         return [] if self._broken is None else self._broken.nonzero().flatten().tolist()
 
-    def _read(self, index: int) -> torch.Tensor:
+    def _read(self, index: int) -> tuple[int, torch.Tensor]:
+        """The picture, and where it stands: another place where it takes that of a broken one."""
         if self._broken is None:
-            return self.pictures[index]
+            return index, self.pictures[index]
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             if self._broken[candidate]:
                 continue
             try:
-                return self.pictures[candidate]
+                return candidate, self.pictures[candidate]
             except BrokenPictureError as error:
                 self._broken[candidate] = True
                 logger.warning("Skipped a broken picture: %s", error)

@@ -121,7 +121,10 @@ class PretrainingTransform:
         # A fixed number of draws first, so that the crops do not depend on the number of patches.
         draws = generator.random(_NUM_DRAWS)
         noise = torch.from_numpy(generator.random(self.num_patches, dtype=np.float32))
+        return {"pixel_values": self.normalise(self.crop_and_flip(picture, draws)), "noise": noise}
 
+    def crop_and_flip(self, picture: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+        """The crop, resized to `image_size`, by `_NUM_DRAWS` uniform draws; of the picture's dtype."""
         top, left, height, width = random_crop_box(draws[1:], *picture.shape[1:], self.crop_scale, self.ratio)
         # uint8 in, uint8 out: the fast path of torch's resize on a CPU
         picture = F.resized_crop(
@@ -129,5 +132,9 @@ class PretrainingTransform:
         )
         if self.horizontal_flip and draws[0] < 0.5:
             picture = F.horizontal_flip(picture)
+        return picture
+
+    def normalise(self, picture: torch.Tensor) -> torch.Tensor:
+        """float32, by mean and std."""
         scale = self._scale_uint8 if picture.dtype == torch.uint8 else self._scale
-        return {"pixel_values": picture.to(torch.float32).mul(scale).add_(self._shift), "noise": noise}
+        return picture.to(torch.float32).mul(scale).add_(self._shift)

@@ -105,3 +105,57 @@ def _results(results: dict | None) -> str:
     if results is None:
         return "Not evaluated: the training data was a stream."
     return f"{describe_results(results)}; RankMe of the held-out features.\n\n{markdown_table(results_table(results))}"
+
+
+_CLASSIFIER_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: image-classification
+tags:
+- hf_mim
+- {model_type}
+---
+
+# A classifier of {num_labels} classes, {width} wide, {depth} blocks
+
+A Vision Transformer fine-tuned with hf_mim.
+
+```python
+import hf_mim  # registers the model with the Auto classes
+from transformers import pipeline
+
+pipeline("image-classification", "{name}")(image)
+```
+
+## Training
+
+{training}
+
+## Accuracy in %
+
+| held out ({num_test} pictures) | {names} |
+|---{rules}|
+| {accuracies} |
+"""
+
+
+def write_classifier_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict) -> Path:
+    """As `write_card`, of a classifier; `results` has `accuracy`, `num_test`, and `robustness` by test set."""
+    robustness = results["robustness"]
+    accuracies = [results["accuracy"], *(metrics["accuracy"] for metrics in robustness.values())]
+    path = Path(folder) / "README.md"
+    path.write_text(
+        _CLASSIFIER_TEMPLATE.format(
+            model_type=config.model_type,
+            num_labels=config.num_labels,
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            name=name,
+            training="\n".join(f"- {name}: {value}" for name, value in training.items()),
+            num_test=results["num_test"],
+            names=" | ".join(robustness),
+            rules="|---" * len(robustness),
+            accuracies=" | ".join(f"{accuracy:.2f}" for accuracy in accuracies),
+        ).replace(" |  |\n", " |\n"),
+        encoding="utf-8",
+    )
+    return path

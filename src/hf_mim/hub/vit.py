@@ -8,9 +8,10 @@ from ..models.vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTForPreTraining,
     MaskedViTModel,
+    MaskedViTPreTrainedModel,
 )
 from ..models.vit.position import sincos_position_table
-from ..registry import METHODS, MODEL_TYPES
+from ..registry import BASELINES, METHODS, MODEL_TYPES
 
 _SHARED_FIELDS = (
     "hidden_size",
@@ -47,7 +48,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         ValueError: If a classifier pools by the mean, which `ViTForImageClassification` cannot, or the model is not
             one of hf_mim's.
     """
-    if model.config.model_type not in MODEL_TYPES and not isinstance(model, MaskedViTModel):
+    if model.config.model_type not in BASELINES and not isinstance(model, MaskedViTPreTrainedModel):
         raise ValueError(f"to_vit exports models of {', '.join(MODEL_TYPES)}; this one is {type(model).__name__}.")
     config = model.config
     classifier = isinstance(model, MaskedViTForImageClassification)

@@ -2,17 +2,18 @@
 
 import json
 from dataclasses import fields
+from types import SimpleNamespace
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..hub.vit import encoder_from_vit
 from ..models.vit.configuration_vit import as_pair
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
-from ..registry import METHODS, method_class
-from .command import ModelArguments
+from ..registry import BASELINES, ENCODER, METHODS, method_class
+from .command import ClassifierArguments, ModelArguments
 from .presets import preset_config
 
 logger = logging.get_logger(__name__)
@@ -73,6 +74,87 @@ def _check_asked_for(path: str, given: dict, asked: dict) -> None:
         if there != here:
             fix = f"Pass --{name} {there}" if name == "num_channels" else f"Leave {name} out of the flags"
             raise ValueError(f"{name}: {here} is asked for, and {path} has {there}. {fix}.")
+
+
+def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, int] | None, num_channels: int):
+    """
+    The config of the classifier to be fine-tuned, still without its labels.
+
+    A ViTMAE, which transformers has no classifier for, becomes a `masked_vit`, and so does a stock ViT that is to pool
+    by the mean; every other model stays what it is.
+
+    Raises:
+        ValueError: If the weights cannot be read, or have other sizes than the flags ask for.
+    """
+    path = args.model_name_or_path
+    if path is None:
+        model_type = "masked_vit" if args.model_type in BASELINES else args.model_type
+        flags = SimpleNamespace(**{"mask_ratio": None} | vars(args) | {"model_type": model_type})
+        config = build_config(flags, image_size, num_channels)
+    else:
+        if args.config_overrides or args.patch_size:
+            raise ValueError("--config_overrides and --patch_size are for untrained networks: leave them out.")
+        config = _read_config(path)
+        if config.model_type in BASELINES or (config.model_type == "vit" and args.pooling == "mean"):
+            config = _load_encoder(path).config
+        given = {name: getattr(config, name, None) for name in ("image_size", "num_channels", "num_hidden_layers")}
+        if not isinstance(given["num_hidden_layers"], int) or given["image_size"] is None:
+            raise ValueError(f"{path} ({config.model_type}) is no Vision Transformer of one width and a fixed size.")
+        sizes = {} if image_size is None else {"image_size": list(image_size)}
+        _check_asked_for(path, given, {"num_channels": num_channels} | sizes)
+    if config.model_type in METHODS | ENCODER:
+        trained = any("ImageClassification" in name for name in config.architectures or ())
+        config.pooling = args.pooling or (config.pooling if trained else "mean")
+    elif args.pooling is not None and (config.model_type, args.pooling) != ("vit", "cls"):
+        raise ValueError(f"--pooling {args.pooling}: a {config.model_type} has a way of its own. Leave it out.")
+    if hasattr(config, "drop_path_rate"):
+        config.drop_path_rate = args.drop_path_rate
+    elif args.drop_path_rate:
+        logger.warning(f"A {config.model_type} of transformers has no drop path: --drop_path_rate is left out.")
+    return config
+
+
+def build_classifier(args: ClassifierArguments, config) -> PreTrainedModel:
+    """
+    The classifier, with the weights of `model_name_or_path` where given; its head is new unless the weights have one
+    for the same labels.
+
+    Raises:
+        ValueError: If the weights lack more than the head.
+    """
+    kwargs = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    path = args.model_name_or_path
+    source = None if path is None else AutoConfig.from_pretrained(path)
+    if source is None or source.model_type != config.model_type:
+        model = method_class(config.model_type, "ForImageClassification")._from_config(config, **kwargs)
+        if source is not None:
+            model.encoder.load_state_dict(_load_encoder(path).state_dict())
+        _start_head(model)
+        return model
+    model, info = AutoModelForImageClassification.from_pretrained(
+        path,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
+        **kwargs,
+    )
+    head = {f"classifier.{name}" for name in model.classifier.state_dict()}
+    missing = set(info["missing_keys"]) - head
+    if missing:
+        raise ValueError(f"{path} lacks weights of the encoder: {', '.join(sorted(missing)[:3])} ({len(missing)}).")
+    has_head = not info["missing_keys"] and not info["mismatched_keys"]
+    if not has_head or source.id2label != config.id2label:
+        if any("ImageClassification" in name for name in source.architectures or ()):
+            logger.warning(f"{path} is a classifier of other labels: the head starts anew.")
+        _start_head(model)
+    return model
+
+
+def _start_head(model: PreTrainedModel) -> None:
+    """Near zero, as MAE's fine-tuning: the first steps do not push a random head's gradient through the encoder."""
+    torch.nn.init.trunc_normal_(model.classifier.weight, std=2e-5)
+    torch.nn.init.zeros_(model.classifier.bias)
 
 
 def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
@@ -146,17 +228,21 @@ def _read_value(text: str):
 def _load_encoder(path: str):
     source = AutoConfig.from_pretrained(path)
     encoder = AutoModel.from_pretrained(path, dtype=torch.float32)
-    return encoder if source.model_type in METHODS else encoder_from_vit(encoder)
+    return encoder if source.model_type in METHODS | ENCODER else encoder_from_vit(encoder)
+
+
+def _read_config(path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise ValueError(f"--model_name_or_path {path}: {error}") from error
 
 
 def _fields_of_weights(path: str, model_type: str) -> dict:
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise ValueError(f"--model_name_or_path {path}: {error}") from error
+    config = _read_config(path)
     if config.model_type == model_type:
         names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
         return {name: getattr(config, name) for name in names if not name.startswith("_")}
-    if config.model_type not in METHODS:
+    if config.model_type not in METHODS | ENCODER:
         config = _load_encoder(path).config
     return {name: getattr(config, name) for name in _ENCODER_FIELDS}

@@ -48,6 +48,63 @@ class ModelArguments:
     )
 
 
+@dataclass
+class ClassifierArguments:
+    """Which network is fine-tuned, and what of it."""
+
+    model_type: str = field(
+        default="pilamim",
+        metadata={"help": f"Without --model_name_or_path, an untrained network: {', '.join(MODEL_TYPES)}."},
+    )
+    preset: str = field(default="tiny", metadata={"help": f"Sizes and schedule: {', '.join(PRESETS)}."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Start from these weights: a pretraining checkpoint, encoder or classifier of hf_mim, ViTMAE, or "
+            "any ViT that AutoModelForImageClassification knows."
+        },
+    )
+    patch_size: list[int] | None = field(
+        default=None, metadata={"help": "Of an untrained network: pixels of a patch, one number or height and width."}
+    )
+    config_overrides: str | None = field(
+        default=None, metadata={"help": "Other fields of an untrained network's config, e.g. 'hidden_size=144'."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, ...; best available if left out."},
+    )
+    pooling: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the head sees: mean (of the patches) or cls. Default: mean; a stock ViT and a classifier "
+            "keep their own."
+        },
+    )
+    drop_path_rate: float = field(
+        default=0.1, metadata={"help": "Stochastic depth of the last block; rises linearly from 0."}
+    )
+    trainable: str = field(
+        default="all",
+        metadata={"help": "What is trained: all, head, or a mode that the model offers (its trainable_modes())."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train low-rank updates of this rank on the blocks' linear maps, by PEFT, and besides what "
+            "--trainable says (all: the head)."
+        },
+    )
+
+    def __post_init__(self):
+        if self.pooling not in (None, "mean", "cls"):
+            raise ValueError(f"--pooling is {self.pooling!r}; expected mean or cls.")
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"--drop_path_rate is {self.drop_path_rate}; expected a number in [0, 1).")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"--lora_rank is {self.lora_rank}; expected at least 1.")
+
+
 def parse_arguments(
     argument_classes: tuple[type, ...], argv: list[str] | None = None, presets: Mapping[str, dict] | None = None
 ) -> tuple:
@@ -63,6 +120,8 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = _read_recipe(argv.pop(0)) if argv and argv[0].endswith((".json", ".yaml", ".yml")) else {}
+    if presets is None:
+        presets = {name: preset_training(name) for name in PRESETS}
     parser = _Parser(argument_classes)
     known = {action.dest for action in parser._actions}
     unknown = sorted(set(recipe) - known)

@@ -83,6 +83,45 @@ def preset_config(model_type: str, preset: str, image_size: tuple[int, int] | No
     return _ENCODERS[preset] | sizes | _METHOD_FIELDS.get((model_type, preset), {})
 
 
+# Fine-tuning as MAE's: ViT-B's numbers, 50 epochs for L and H. The recipes of TEC and OCL have their own.
+_FINE_TUNING = {
+    "num_train_epochs": 100,
+    "warmup_epochs": 5,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 64,
+    "crop_scale_min": 0.08,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+# Minutes on a CPU. Mixing, erasing and RandAugment are for schedules of more epochs.
+_TINY_FINE_TUNING = {
+    "num_train_epochs": 5,
+    "warmup_epochs": 1,
+    "per_device_train_batch_size": 64,
+    "per_device_eval_batch_size": 64,
+    "base_learning_rate": 2e-3,
+    "layer_decay": 0.75,
+    "crop_scale_min": 0.8,
+    "drop_path_rate": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "random_erasing": 0.0,
+    "auto_augment": "none",
+    "logging_steps": 25,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+
+# The flags that a preset sets in fine-tuning.
+FINE_TUNING_PRESETS = {
+    "tiny": _TINY_FINE_TUNING,
+    "small": _FINE_TUNING,
+    "base": _FINE_TUNING,
+    "large": _FINE_TUNING | {"num_train_epochs": 50, "layer_decay": 0.75, "drop_path_rate": 0.2},
+    "huge": _FINE_TUNING | {"num_train_epochs": 50, "layer_decay": 0.75, "drop_path_rate": 0.3},
+}
+
+
 def _nearest_divisor(number: int, wanted: float) -> int:
     divisors = [d for d in range(1, number + 1) if number % d == 0]
     return min(divisors, key=lambda divisor: (abs(divisor - wanted), -divisor))

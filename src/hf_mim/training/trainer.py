@@ -1,4 +1,4 @@
-"""A Trainer for every ForPreTraining model of hf_mim."""
+"""A Trainer for every ForPreTraining model of hf_mim, and the base of the one that fine-tunes."""
 
 import functools
 import shutil
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from ..data.pretraining import EpochSampler, StreamingPretrainingDataset, pretraining_collator
 from .checkpoints import checkpoints_in
@@ -205,7 +205,7 @@ class MIMTrainer(Trainer):
     # Losses
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        loss, outputs = self.forward_loss(model, inputs, num_items_in_batch)
         losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         if model.training:
             # As the loss itself: a step counts as its mean over micro-batches, though an epoch's last has fewer.
@@ -224,6 +224,15 @@ class MIMTrainer(Trainer):
         features = self.model.watched_features(outputs) if due and self.accelerator.sync_gradients else None
         if features is not None and self.is_world_process_zero():
             watch.measure(features, step)
+
+    def forward_loss(self, model, inputs, num_items_in_batch) -> tuple[torch.Tensor, ModelOutput]:
+        """The loss that is minimised, and the model's outputs."""
+        return super().compute_loss(model, inputs, True, num_items_in_batch)
+
+    def after_optimizer_step(self) -> None:
+        """Calls what the model wants to be called."""
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.after_optimizer_step(self.state.global_step, self.state.max_steps)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # Only the loss: the predictions of all pictures would fill the memory.
@@ -371,5 +380,4 @@ class _ModelHooks(TrainerCallback):
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.accelerator.optimizer_step_was_skipped:
-            model = self.trainer.accelerator.unwrap_model(self.trainer.model, keep_torch_compile=False)
-            model.after_optimizer_step(state.global_step, state.max_steps)
+            self.trainer.after_optimizer_step()

@@ -38,6 +38,8 @@ class MaskedViTConfig(BackboneConfigMixin, PreTrainedConfig):
         ValueError: If sizes do not fit each other, naming the values.
     """
 
+    model_type = "masked_vit"
+
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12

@@ -456,7 +456,7 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
     """An encoder and a linear classifier on its `pooler_output`. Methods set `encoder_class`."""
 
     accepts_loss_kwargs = False
-    encoder_class: type[MaskedViTModel]
+    encoder_class: type[MaskedViTModel] = MaskedViTModel
 
     def __init__(self, config: MaskedViTConfig):
         super().__init__(config)
@@ -496,7 +496,7 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
 class MaskedViTBackbone(BackboneMixin, MaskedViTPreTrainedModel):
     """Feature maps of chosen blocks, for detection and segmentation. Methods set `encoder_class`."""
 
-    encoder_class: type[MaskedViTModel]
+    encoder_class: type[MaskedViTModel] = MaskedViTModel
 
     def __init__(self, config: MaskedViTConfig):
         super().__init__(config)
