@@ -120,8 +120,6 @@ def parse_arguments(
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     recipe = _read_recipe(argv.pop(0)) if argv and argv[0].endswith((".json", ".yaml", ".yml")) else {}
-    if presets is None:
-        presets = {name: preset_training(name) for name in PRESETS}
     parser = _Parser(argument_classes)
     known = {action.dest for action in parser._actions}
     unknown = sorted(set(recipe) - known)
