@@ -408,6 +408,32 @@ def test_chunks_in_bfloat16():
     assert distance(cached, exact) < 1.1 * distance(whole, exact)
 
 
+def test_chunks_are_the_two_passes_by_hand():
+    """In bfloat16, where it matters that what the chunks give is summed in float32."""
+    model = pretraining_model(temperature=0.2)
+    batch = tiny_batch(model.config, batch_size=32)
+    seen = torch.tensor(seen_by_the_encoder(model, batch)).split(2)
+    pictures = batch["pixel_values"].split(1)
+
+    def features_of(chunk):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model.encoder(pictures[chunk], ids_keep=seen[chunk]).last_hidden_state[:, 0].float()
+
+    with torch.no_grad():
+        features = torch.stack([features_of(chunk) for chunk in range(32)])
+    features.requires_grad_()
+    loss = model.contrastive_loss(features)
+    loss.backward()
+    for chunk in range(32):
+        features_of(chunk).backward(features.grad[chunk])
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cached_loss, cached = gradients(model, batch, chunk_size=1)
+    assert cached_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, grad in expected.items():
+        torch.testing.assert_close(cached[name], grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_memory_is_that_of_a_chunk():
     model = pretraining_model()
     batch = tiny_batch(model.config, batch_size=64)

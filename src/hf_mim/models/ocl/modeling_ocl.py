@@ -227,6 +227,12 @@ class _LogSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
+        # Called inside of autocast or not: in float32.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _LogSums._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad: torch.Tensor):
         u, v, temperature, sums = ctx.saved_tensors
         kappa, shift = ctx.kappa, 0.5 / temperature
         of_rows, of_columns = grad / sums
