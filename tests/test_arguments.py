@@ -276,7 +276,7 @@ class TestConfigOfFlags:
         ("flags", "message"),
         [
             (["--preset=gigantic"], "preset is 'gigantic'; expected one of tiny, small"),
-            (["--model_type=mae"], "model_type is 'mae'; expected one of pilamim"),
+            (["--model_type=mae"], "model_type is 'mae'; expected one of pilamim, ocl"),
             (["--config_overrides=hidden_sise=3"], "PiLaMIMConfig has no field hidden_sise"),
             (["--config_overrides=hidden_size"], "expected name=value"),
             (["--config_overrides={hidden_size: 3}"], "--config_overrides.*not JSON"),

@@ -124,9 +124,8 @@ def test_loss_by_hand(kappa, temperature):
 
 
 def test_similarity_of_equal_orthogonal_and_opposite_directions():
-    similarity = tiny_model("ocl", "ForPreTraining", scramble=False).similarity
-    logits = similarity(torch.tensor([1.0, 0.0, -1.0]))
-    torch.testing.assert_close(logits, torch.tensor([1 / 0.07, 0.5 / (1 + 1 / 64) / 0.07, 0.0]))
+    similarities = modeling_ocl.t_sp_similarity(torch.tensor([1.0, 0.0, -1.0]), 64.0)
+    torch.testing.assert_close(similarities, torch.tensor([1.0, 0.5 / (1 + 1 / 64), 0.0]))
 
 
 def test_halves_that_are_equal_and_far_from_all_others_cost_nothing():
@@ -135,6 +134,25 @@ def test_halves_that_are_equal_and_far_from_all_others_cost_nothing():
     assert model.contrastive_loss(directions).item() < 1e-6
     # All features at one point: one of 4 by chance.
     assert model.contrastive_loss(torch.ones(4, 2, 32)).item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+@pytest.mark.parametrize("elements", [2**20, 21, 1])
+def test_gradient_of_the_comparison(elements, monkeypatch):
+    monkeypatch.setattr(modeling_ocl, "_BLOCK_ELEMENTS", elements)
+    u, v = (torch.nn.functional.normalize(torch.randn(7, 5, dtype=torch.float64)).requires_grad_() for _ in range(2))
+    temperature = torch.tensor([0.2], dtype=torch.float64, requires_grad=True)
+    logits = modeling_ocl.t_sp_similarity(u @ v.T, 16.0) / temperature
+    expected = torch.stack((logits.logsumexp(dim=1), logits.logsumexp(dim=0)))
+    torch.testing.assert_close(modeling_ocl._LogSums.apply(u, v, temperature, 16.0), expected)
+    assert torch.autograd.gradcheck(lambda *inputs: modeling_ocl._LogSums.apply(*inputs, 16.0), (u, v, temperature))
+
+
+def test_no_number_is_lost_at_the_smallest_temperature():
+    """A row whose every logit is 0, beside one whose every logit is 100."""
+    u, v = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    rows, columns = modeling_ocl._LogSums.apply(u, v, torch.tensor([0.01]), 64.0)
+    torch.testing.assert_close(rows, torch.tensor([0.0, 100.0]) + math.log(2))
+    torch.testing.assert_close(columns, torch.full((2,), 100.0))
 
 
 def test_comparing_in_blocks_changes_nothing(monkeypatch):
@@ -229,7 +247,7 @@ def test_a_half_does_not_see_the_other_nor_what_is_hidden():
 def test_gradient_of_the_temperature():
     model = pretraining_model(temperature=0.3)
     batch = tiny_batch(model.config)
-    parameter = model.similarity.log_temperature
+    parameter = model.temperature.log_temperature
     model(**batch).loss.backward()
     with torch.no_grad():
         start, values = parameter.clone(), []
@@ -242,11 +260,11 @@ def test_gradient_of_the_temperature():
 
 def test_temperature_is_stored_as_its_log_and_clamped():
     model = tiny_model("ocl", "ForPreTraining", scramble=False).train()
-    parameter = model.similarity.log_temperature
+    parameter = model.temperature.log_temperature
     assert parameter.item() == pytest.approx(math.log(0.07)) and parameter.requires_grad
     with torch.no_grad():
         parameter.fill_(-20.0)
-    assert model.similarity.temperature.item() == pytest.approx(0.01)
+    assert model.temperature().item() == pytest.approx(0.01)
     model.after_optimizer_step(0, 10)
     assert parameter.item() == pytest.approx(math.log(0.01))
     # At the limit it can still come back.
@@ -261,7 +279,7 @@ def test_what_is_fixed_stays_fixed(tmp_path):
     projection = "encoder.embeddings.patch_embeddings.projection"
     for candidate in (model, loaded, loaded.train()):
         fixed = {name for name, p in candidate.named_parameters() if not p.requires_grad}
-        assert fixed == {f"{projection}.weight", f"{projection}.bias", "similarity.log_temperature"}
+        assert fixed == {f"{projection}.weight", f"{projection}.bias", "temperature.log_temperature"}
     free = OCLForPreTraining.from_pretrained(tmp_path, freeze_patch_projection=False, trainable_temperature=True)
     assert all(parameter.requires_grad for parameter in free.parameters())
 
@@ -275,14 +293,14 @@ def test_training_moves_the_projection_only_where_asked(frozen, tmp_path):
     for name, parameter in projection.named_parameters():
         full = f"encoder.embeddings.patch_embeddings.projection.{name}"
         assert torch.equal(parameter, before[full]) is frozen, name
-    assert not torch.equal(trainer.model.similarity.log_temperature, before["similarity.log_temperature"])
+    assert not torch.equal(trainer.model.temperature.log_temperature, before["temperature.log_temperature"])
 
 
 def test_encoder_checkpoint_starts_at_the_configs_temperature(tmp_path):
     encoder = tiny_model("ocl", "Model")
     encoder.save_pretrained(tmp_path)
     model = OCLForPreTraining.from_pretrained(tmp_path, temperature=0.2)
-    assert model.similarity.temperature.item() == pytest.approx(0.2)
+    assert model.temperature().item() == pytest.approx(0.2)
     with pytest.raises(ValueError, match="no weights for head"):
         OCLForPreTraining.from_pretrained(tmp_path, head_num_layers=2)
 
@@ -317,7 +335,7 @@ def test_head(layers, tmp_path):
             x = torch.nn.functional.gelu(x * model.head[3 * i + 1].weight + model.head[3 * i + 1].bias)
     assert x.shape == (10, 12)
     expected = tiny_model("ocl", "ForPreTraining").train()
-    expected.similarity = model.similarity
+    expected.temperature = model.temperature
     torch.testing.assert_close(
         model.contrastive_loss(features), expected.contrastive_loss(x.unflatten(0, (5, 2))), rtol=1e-5, atol=1e-5
     )
@@ -341,7 +359,7 @@ def test_chunks_give_the_step_of_the_whole_batch(fields):
     model = pretraining_model(temperature=0.2, freeze_patch_projection=False, **fields)
     batch = tiny_batch(model.config, batch_size=6)
     whole = gradients(model, batch)
-    assert "similarity.log_temperature" in whole[1]
+    assert "temperature.log_temperature" in whole[1]
     for chunk_size in (1, 2, 3, 6, 4):
         assert_same_step(gradients(model, batch, chunk_size=chunk_size), whole)
 
@@ -388,6 +406,32 @@ def test_chunks_in_bfloat16():
     assert cached_loss.item() == pytest.approx(loss.item(), rel=1e-3)
     assert 0.0 < distance(cached, whole) < 0.05 * size
     assert distance(cached, exact) < 1.1 * distance(whole, exact)
+
+
+def test_chunks_are_the_two_passes_by_hand():
+    """In bfloat16, where it matters that what the chunks give is summed in float32."""
+    model = pretraining_model(temperature=0.2)
+    batch = tiny_batch(model.config, batch_size=32)
+    seen = torch.tensor(seen_by_the_encoder(model, batch)).split(2)
+    pictures = batch["pixel_values"].split(1)
+
+    def features_of(chunk):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model.encoder(pictures[chunk], ids_keep=seen[chunk]).last_hidden_state[:, 0].float()
+
+    with torch.no_grad():
+        features = torch.stack([features_of(chunk) for chunk in range(32)])
+    features.requires_grad_()
+    loss = model.contrastive_loss(features)
+    loss.backward()
+    for chunk in range(32):
+        features_of(chunk).backward(features.grad[chunk])
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cached_loss, cached = gradients(model, batch, chunk_size=1)
+    assert cached_loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, grad in expected.items():
+        torch.testing.assert_close(cached[name], grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_memory_is_that_of_a_chunk():

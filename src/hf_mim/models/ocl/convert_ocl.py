@@ -44,7 +44,7 @@ def convert_original(state: State, config, teacher: State | None = None) -> Stat
     """
     weights = {
         "encoder.embeddings.cls_token": state["cls_token"],
-        "similarity.log_temperature": torch.tensor([math.log(config.temperature)]),
+        "temperature.log_temperature": torch.tensor([math.log(config.temperature)]),
         **copy_affine(state, "patch_embed.proj", "encoder.embeddings.patch_embeddings.projection"),
         **convert_layers(state, "blocks", "encoder.layers"),
         **copy_affine(state, "norm", "encoder.layernorm"),

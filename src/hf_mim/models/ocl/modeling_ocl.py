@@ -21,7 +21,7 @@ from .configuration_ocl import MIN_TEMPERATURE, OCLConfig
 logger = logging.get_logger(__name__)
 
 # What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
-_BESIDES_ENCODER = [r"^similarity\.", r"^head\.", r"^classifier\."]
+_BESIDES_ENCODER = [r"^temperature\.", r"^head\.", r"^classifier\."]
 
 # Similarities in memory at a time: 4 MiB in float32. More pictures than the root of it are compared block by block.
 _BLOCK_ELEMENTS = 2**20
@@ -59,25 +59,19 @@ class OCLModel(MaskedViTModel):
     _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
 
 
-class OCLSimilarity(nn.Module):
-    """T-SP similarity over a temperature (section 2.3 of the paper)."""
+class OCLTemperature(nn.Module):
+    """The trained temperature, by its log, clamped as CLIP's."""
 
-    def __init__(self, config: OCLConfig):
+    def __init__(self):
         super().__init__()
-        self.kappa = config.kappa
         # Of one element rather than none, which FSDP could not shard.
         self.log_temperature = nn.Parameter(torch.empty(1))
 
-    @property
-    def temperature(self) -> torch.Tensor:
-        """Shape (1,), float32, at least 0.01."""
+    def forward(self) -> torch.Tensor:
+        """The temperature, float32 of shape (1,), at least 0.01."""
         log = self.log_temperature.float()
         # Its gradient passes the limit, from which it could not come back otherwise.
         return (log + (log.clamp(min=math.log(MIN_TEMPERATURE)) - log).detach()).exp()
-
-    def forward(self, cosine: torch.Tensor) -> torch.Tensor:
-        """Logits of cosines, of the same shape: 0 for opposite directions, 1 / temperature for the same."""
-        return 0.5 * (1 + cosine) / (1 + (1 - cosine) / self.kappa) / self.temperature
 
 
 class OCLHead(nn.Sequential):
@@ -106,11 +100,11 @@ class OCLForPreTraining(MaskedViTForPreTraining):
     def __init__(self, config: OCLConfig):
         super().__init__(config)
         self.encoder = OCLModel(config)
-        self.similarity = OCLSimilarity(config)
+        self.temperature = OCLTemperature()
         self.head = OCLHead(config) if config.head_num_layers else None
         frozen = {
             "encoder.embeddings.patch_embeddings.projection": config.freeze_patch_projection,
-            "similarity": not config.trainable_temperature,
+            "temperature": not config.trainable_temperature,
         }
         self.frozen_modules = tuple(name for name, is_frozen in frozen.items() if is_frozen)
         self.post_init()
@@ -119,22 +113,22 @@ class OCLForPreTraining(MaskedViTForPreTraining):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, OCLSimilarity):
+        if isinstance(module, OCLTemperature):
             init.constant_(module.log_temperature, math.log(self.config.temperature))
 
     @torch.no_grad()
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
         """Keeps the temperature's parameter within its limit."""
         if self.config.trainable_temperature:
-            self.similarity.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+            self.temperature.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
 
     def watched_features(self, outputs: OCLForPreTrainingOutput) -> torch.Tensor:
         return outputs["features"]
 
     def fill_missing(self, missing: set[str]) -> set[str]:
-        if "similarity.log_temperature" in missing:
+        if "temperature.log_temperature" in missing:
             logger.warning(f"The checkpoint has no temperature: it starts at {self.config.temperature}.")
-        return missing - {"similarity.log_temperature"}
+        return missing - {"temperature.log_temperature"}
 
     @can_return_tuple
     def forward(
@@ -207,24 +201,70 @@ class OCLForPreTraining(MaskedViTForPreTraining):
             features = self.head(features.flatten(0, 1)).unflatten(0, (-1, 2))
         with torch.autocast(features.device.type, enabled=False):
             u, v = nn.functional.normalize(features.float(), dim=-1).unbind(dim=1)
-            log_sums = self._log_sums(u, v)
-            return (log_sums.mean(dim=0) - self.similarity((u * v).sum(dim=-1))).mean()
+            temperature = self.temperature()
+            log_sums = _LogSums.apply(u, v, temperature, self.config.kappa)
+            positives = t_sp_similarity((u * v).sum(dim=-1), self.config.kappa) / temperature
+            return (log_sums.mean(dim=0) - positives).mean()
 
-    def _log_sums(self, u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Log-sum-exp of the logits' rows and of their columns, (2, num_pictures), without holding all logits."""
-        block_size = max(1, _BLOCK_ELEMENTS // len(v))
-        if block_size >= len(u):
-            return torch.stack(self._block_log_sums(u, v))
-        blocks = [
-            checkpoint(self._block_log_sums, rows, v, use_reentrant=False, preserve_rng_state=False)
-            for rows in u.split(block_size)
-        ]
-        rows, columns = zip(*blocks, strict=True)
-        return torch.stack((torch.cat(rows), torch.stack(columns).logsumexp(dim=0)))
 
-    def _block_log_sums(self, u: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits = self.similarity(u @ v.T)
-        return logits.logsumexp(dim=1), logits.logsumexp(dim=0)
+class _LogSums(torch.autograd.Function):
+    """
+    Log-sum-exp of the rows and of the columns of the logits of `u` with `v`, (2, num_pictures), a block of rows at a
+    time: the matrix of all logits, 369 MB for 9,600 pictures, is never held. The gradient computes the blocks again.
+    """
+
+    @staticmethod
+    def forward(ctx, u: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor, kappa: float) -> torch.Tensor:
+        sums = u.new_zeros(2, len(u))
+        shift = 0.5 / temperature
+        for rows in _block_slices(len(u)):
+            exponentials = _shifted_exponentials(t_sp_similarity(u[rows] @ v.T, kappa) / temperature, shift)
+            sums[0, rows] = exponentials.sum(dim=1)
+            sums[1] += exponentials.sum(dim=0)
+        ctx.save_for_backward(u, v, temperature, sums)
+        ctx.kappa = kappa
+        return sums.log() + shift
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        # Called inside of autocast or not: in float32.
+        with torch.autocast(grad.device.type, enabled=False):
+            return _LogSums._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx, grad: torch.Tensor):
+        u, v, temperature, sums = ctx.saved_tensors
+        kappa, shift = ctx.kappa, 0.5 / temperature
+        of_rows, of_columns = grad / sums
+        grad_u, grad_v, grad_temperature = torch.empty_like(u), torch.zeros_like(v), torch.zeros_like(temperature)
+        for rows in _block_slices(len(u)):
+            cosine = u[rows] @ v.T
+            logits = t_sp_similarity(cosine, kappa) / temperature
+            grad_logits = of_rows[rows].unsqueeze(1) + of_columns
+            grad_logits *= _shifted_exponentials(logits, shift)
+            grad_temperature -= (grad_logits * logits).sum() / temperature
+            # The derivative of T-SP.
+            grad_cosine = grad_logits.mul_(0.5 * (1 + 2 / kappa) / temperature)
+            grad_cosine /= (1 + (1 - cosine) / kappa).square_()
+            grad_u[rows] = grad_cosine @ v
+            grad_v += grad_cosine.T @ u[rows]
+        return grad_u, grad_v, grad_temperature, None
+
+
+def t_sp_similarity(cosine: torch.Tensor, kappa: float) -> torch.Tensor:
+    """The T-distributed spherical similarity of cosines (section 2.3 of the paper): 0 for -1, 1 for 1."""
+    return 0.5 * (1 + cosine) / (1 + (1 - cosine) / kappa)
+
+
+def _shifted_exponentials(logits: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    # Logits are between 0 and 1 / temperature <= 100: less half of that, exp has no overflow and no underflow, and
+    # serves rows and columns alike.
+    return (logits - shift).exp_()
+
+
+def _block_slices(num_pictures: int) -> list[slice]:
+    size = max(1, _BLOCK_ELEMENTS // num_pictures)
+    return [slice(start, start + size) for start in range(0, num_pictures, size)]
 
 
 class _Gather(torch.autograd.Function):
