@@ -36,7 +36,18 @@ def folder(tmp_path_factory):
 
 
 def train(folder, out, *flags: str) -> int:
-    return pretraining.main([*COMMON, *flags, f"--train_dir={folder}", f"--output_dir={out}"])
+    data = [] if any(flag.startswith("--dataset_name") for flag in flags) else [f"--train_dir={folder}"]
+    return pretraining.main([*COMMON, *flags, *data, f"--output_dir={out}"])
+
+
+@pytest.fixture(autouse=True)
+def no_results(request, monkeypatch):
+    """Nothing is evaluated or drawn, but where a test is of that."""
+    if "only_evaluated" not in request.node.name:
+        monkeypatch.setattr(pretraining, "write_results", lambda *args: None)
+
+
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +178,10 @@ class TestLayout:
 
 class TestResuming:
     # With checkpoints at steps 3 and 6 and at the stage's end, 7.
-    PLACES = [(0, 2), (0, 4), (0, 6), (1, 0), (1, 2), (1, 5), (1, 6)]
+    PLACES = [(0, 4), (1, 0), (1, 5)]
+    MORE = [(0, 2), (0, 6), (1, 2), (1, 6)]
 
-    @pytest.mark.parametrize(("stage", "step"), PLACES)
+    @pytest.mark.parametrize(("stage", "step"), PLACES + [pytest.param(*place, marks=slow) for place in MORE])
     def test_killed_and_run_again(self, folder, unbroken, tmp_path, monkeypatch, stage, step):
         flags = [*TWO, "--save_strategy=steps", "--save_steps=3"]
         act_at(monkeypatch, stage, step, kill)
@@ -178,7 +190,8 @@ class TestResuming:
         assert train(folder, tmp_path, *flags) == 0
         assert_same_run(tmp_path, unbroken)
 
-    @pytest.mark.parametrize(("stage", "step"), [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6)])
+    # In the middle, at the end, and just after it.
+    @pytest.mark.parametrize(("stage", "step"), [pytest.param(0, 3, marks=slow), (0, 6), (1, 0), (1, 6)])
     def test_interrupted_and_run_again(self, folder, unbroken, tmp_path, monkeypatch, capsys, stage, step):
         act_at(monkeypatch, stage, step, interrupt)
         assert train(folder, tmp_path, *TWO) == 130
@@ -190,7 +203,7 @@ class TestResuming:
         assert f"Resuming from {tmp_path}/stage-{stage}/checkpoint-{step + 1}" in capsys.readouterr().out
         assert_same_run(tmp_path, unbroken)
 
-    @pytest.mark.parametrize("strategy", ["no", "steps"])
+    @pytest.mark.parametrize("strategy", ["no", pytest.param("steps", marks=slow)])
     @pytest.mark.parametrize("function", ["save_stage", "mark_finished"])
     def test_killed_between_the_last_step_and_the_next_stage(
         self, folder, unbroken, tmp_path, monkeypatch, strategy, function
@@ -322,7 +335,7 @@ class TestArguments:
             (["--num_stages=2", "--model_type=pilamim"], "pilamim is not trained in stages"),
             (["--num_stages=2", "--resume_from_checkpoint=true"], "There is no checkpoint in .*stage-0"),
             (["--num_stages=2", "--resume_from_checkpoint=/nowhere/checkpoint-5"], "is in no stage of this run"),
-            (["--num_stages=2", "--streaming", "--stage_epochs", "1", "2"], "give --max_steps"),
+            (["--dataset_name=nowhere", "--streaming", "--stage_epochs", "1", "2"], "give --max_steps"),
         ],
     )
     def test_that_cannot_work_are_refused_before_anything_is_written(self, folder, tmp_path, capsys, flags, message):
@@ -387,45 +400,93 @@ class TestDamage:
 
 
 class TestTwoProcesses:
-    STOP = """
-import os, sys
-from hf_mim.training import pretraining
-from hf_mim.training.trainer import MIMTrainer
-
-stage, step = map(int, sys.argv[1:3])
-step_of = MIMTrainer.training_step
-
-def training_step(self, *args, **kwargs):
-    if (self.stage, self.state.global_step) == (stage, step):
-        sys.stdout.flush()
-        os._exit(9)
-    return step_of(self, *args, **kwargs)
-
-MIMTrainer.training_step = training_step
-pretraining.main(sys.argv[3:])
-"""
-
     def flags(self, folder, out) -> list[str]:
         flags = [*COMMON, *TWO, "--per_device_train_batch_size=2", "--save_strategy=steps", "--save_steps=3"]
         return [*flags, f"--train_dir={folder}", f"--output_dir={out}"]
 
-    @pytest.fixture(scope="class")
-    def two_processes(self, folder, tmp_path_factory):
-        out = tmp_path_factory.mktemp("two")
-        result = run(torchrun(RUN_MIM, *self.flags(folder, out)))
-        assert result.returncode == 0, result.stderr
-        return out
+    def test_broken_off_and_run_again(self, folder, tmp_path):
+        """In one launch: a run, and one that breaks off in stage 1 before its first checkpoint, and goes on."""
+        script = tmp_path / "stages.py"
+        script.write_text("""
+import os, sys
+from pathlib import Path
+import torch
+from hf_mim.data.arguments import DataArguments
+from hf_mim.training import pretraining
+from hf_mim.training.arguments import MIMTrainingArguments
+from hf_mim.training.command import ModelArguments, parse_arguments
+from hf_mim.training.trainer import MIMTrainer
 
-    # In the middle of stage 1; and before its first checkpoint.
-    @pytest.mark.parametrize(("stage", "step"), [(1, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
-    def test_killed_and_run_again(self, folder, two_processes, tmp_path, stage, step):
+pretraining.write_results = lambda *args: None
+step_of, train_of = MIMTrainer.training_step, MIMTrainer.train
+folder, flags = Path(sys.argv[1]), sys.argv[2:]
+starts = []
+
+def train(self, *args, **kwargs):
+    starts.append({name: value.clone() for name, value in self.model.state_dict().items()})
+    return train_of(self, *args, **kwargs)
+
+def run(name):
+    starts.clear()
+    arguments = parse_arguments(
+        (ModelArguments, DataArguments, MIMTrainingArguments), [*flags, f"--output_dir={folder / name}"]
+    )
+    return pretraining.pretrain(*arguments)
+
+def training_step(self, *args, **kwargs):
+    if (self.stage, self.state.global_step) == (1, 1):
+        raise KeyboardInterrupt
+    return step_of(self, *args, **kwargs)
+
+MIMTrainer.train = train
+assert run("unbroken") == 0
+# Before DDP, which would send the first process's weights to the others.
+torch.save(starts, folder / f"starts{os.environ['RANK']}.pt")
+MIMTrainer.training_step = training_step
+try:
+    run("broken")
+    raise AssertionError("it did not break off")
+except KeyboardInterrupt:
+    pass
+assert len(starts) == 2
+MIMTrainer.training_step = step_of
+assert run("broken") == 0
+assert len(starts) == 1, "stage 0 was trained again"
+sys.stdout.flush()
+os._exit(0)  # as in test_stream_is_shared_out
+""")
+        flags = self.flags(folder, tmp_path)[:-1]
+        result = run(torchrun(str(script), str(tmp_path), *flags))
+        assert result.returncode == 0, result.stderr
+        assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
+        one, other = (torch.load(tmp_path / f"starts{rank}.pt", weights_only=True) for rank in (0, 1))
+        for stage in (0, 1):
+            assert all(torch.equal(one[stage][name], value) for name, value in other[stage].items())
+
+    @slow
+    def test_killed_and_run_again(self, folder, tmp_path):
         script = tmp_path / "killed.py"
-        script.write_text(self.STOP)
+        script.write_text("""
+import os, sys
+from hf_mim.training import pretraining
+from hf_mim.training.trainer import MIMTrainer
+
+step_of = MIMTrainer.training_step
+
+def training_step(self, *args, **kwargs):
+    if (self.stage, self.state.global_step) == (1, 4):
+        os._exit(9)
+    return step_of(self, *args, **kwargs)
+
+MIMTrainer.training_step = training_step
+pretraining.main(sys.argv[1:])
+""")
         out = tmp_path / "out"
-        result = run(torchrun(str(script), str(stage), str(step), *self.flags(folder, out)))
-        assert result.returncode != 0 and (out / "stage-0" / "stage.json").is_file(), result.stderr
+        assert run(torchrun(RUN_MIM, *self.flags(folder, tmp_path / "unbroken"))).returncode == 0
+        result = run(torchrun(str(script), *self.flags(folder, out)))
+        assert result.returncode != 0 and (out / "stage-1" / "checkpoint-3").is_dir(), result.stderr
         assert not (out / "model.safetensors").exists()
         result = run(torchrun(RUN_MIM, *self.flags(folder, out)))
         assert result.returncode == 0, result.stderr
-        assert "Stage 1 (" in result.stdout and "Stage 0 (" not in result.stdout
-        assert_same_run(out, two_processes)
+        assert result.stdout.count("Stage 1 (") == 1 and "Stage 0 (" not in result.stdout
+        assert_same_run(out, tmp_path / "unbroken")
