@@ -1,5 +1,6 @@
 """Runs of several stages: what each leaves, and that stopping and resuming anywhere changes no bit."""
 
+import gc
 import json
 import os
 import re
@@ -28,6 +29,15 @@ COMMON = [
     "--dataloader_persistent_workers=false",
 ]
 TWO = ["--num_stages=2", "--max_steps=7"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Each run collects garbage several times, and a third of a second each goes into looking at what stays anyway."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +336,10 @@ class TestArguments:
         [
             (["--num_stages=0"], "num_stages is 0; it must be at least 1"),
             (["--num_stages=-2"], "num_stages is -2"),
-            (["--num_stages=3", "--stage_epochs", "1", "2"], r"num_stages is 3, and stage_epochs has 2 numbers, \[1.0, 2"),
+            (
+                ["--num_stages=3", "--stage_epochs", "1", "2"],
+                r"num_stages is 3, and stage_epochs has 2 numbers",
+            ),
             (["--num_stages=1", "--stage_steps", "5", "6"], "num_stages is 1, and stage_steps has 2"),
             (["--stage_steps", "5", "0"], r"stage_steps is \[5, 0\]; expected one number above 0"),
             (["--stage_epochs", "-1"], "stage_epochs is .*above 0"),
@@ -382,7 +395,10 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--num_stages=2", "--max_steps=8"], "trained with {'max_steps': 7, 'seed': 42}; asked for is {'max_steps': 8"),
+            (
+                ["--num_stages=2", "--max_steps=8"],
+                "trained with {'max_steps': 7, 'seed': 42}; asked for is {'max_steps': 8",
+            ),
             (["--num_stages=2", "--num_train_epochs=2"], "asked for is {'num_train_epochs': 2"),
             ([*TWO, "--seed=1"], "asked for is {'max_steps': 7, 'seed': 1}"),
             ([*TWO, "--mask_ratio=0.5"], "another model (mask_ratio: 0.75 there, 0.5 here)"),

@@ -87,9 +87,10 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
 
     requested = False
     for stage in range(first, len(stages)):
-        # What is left of the stage before goes first: two stages would need twice the memory.
-        trainer = model = reconstructions = interrupt = None
-        gc.collect()
+        if stage > first:
+            # What is left of the stage before goes first: two stages would need twice the memory.
+            trainer = model = reconstructions = interrupt = None
+            gc.collect()
         args = stages[stage]
         train_data, held_out = build_datasets(data_args, args, config, pictures, processor, mean, std)
         set_seed(args.seed)
