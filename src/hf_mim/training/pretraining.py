@@ -19,13 +19,13 @@ from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.sources import PictureStream
 from ..data.transforms import PretrainingTransform, sample_generator
 from ..evaluation.batches import transformed_pictures
-from ..evaluation.pictures import draw_loss_curves
+from ..evaluation.pictures import draw_loss_curves, draw_shares
 from ..evaluation.report import describe_results, evaluate_features, extract_features, results_table
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, method_class
 from .arguments import MIMTrainingArguments
-from .building import build_config, build_model
+from .building import build_config, build_model, describe_frozen
 from .callbacks import LogReconstructions, SaveOnInterrupt
 from .checkpoints import checkpoint_to_resume
 from .command import ModelArguments, parse_arguments
@@ -67,6 +67,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("--streaming data has no length, so give --max_steps (and --warmup_steps, not epochs).")
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
+    describe_frozen(model_args, config)
     checkpoint = checkpoint_to_resume(training_args.output_dir, training_args.resume_from_checkpoint, config)
     data_args.image_size = list(as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
@@ -75,6 +76,9 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     for split in (pictures.train, pictures.validation):
         check_pictures(split, skip_broken=data_args.skip_broken_images)
     mean, std = resolve_mean_std(data_args, pictures.train)
+    if hasattr(config, "image_mean"):
+        # The network that the method learns from may want other pixels.
+        config.image_mean, config.image_std = list(map(float, mean)), list(map(float, std))
     processor = build_image_processor(as_pair(config.image_size), config.num_channels, mean, std)
     train_data, held_out = build_datasets(data_args, training_args, config, pictures, processor, mean, std)
 
@@ -108,8 +112,9 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     # "Internal": without pushing, which waits for the card.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
+    shares = adapter_shares(trainer, shown)
     if trainer.is_world_process_zero():
-        write_results(trainer, data_args, pictures, processor, reconstructions.last_path)
+        write_results(trainer, data_args, pictures, processor, reconstructions.last_path, shares)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -153,12 +158,23 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
     return train, held_out
 
 
-def write_results(trainer, data_args, pictures: PictureSplits, processor, reconstructions: Path | None) -> None:
+def adapter_shares(trainer, shown: dict[str, torch.Tensor]) -> list[float] | None:
+    """What the model's `adapter_shares` says of the pictures shown. On all processes: under FSDP a common effort."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+    with trainer.accelerator.autocast():
+        return model.adapter_shares(*(shown[name].to(trainer.args.device) for name in ("pixel_values", "noise")))
+
+
+def write_results(
+    trainer, data_args, pictures: PictureSplits, processor, reconstructions: Path | None, shares: list[float] | None
+) -> None:
     """Writes loss curves, `features.json` and the card; says what the features are worth and where everything is."""
     folder = Path(trainer.args.output_dir)
     drawn = [reconstructions] if reconstructions is not None else []
     if draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png"):
         drawn.append(folder / "loss_curves.png")
+    if shares is not None:
+        drawn.append(draw_shares(shares, folder / "adapter_shares.png"))
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
     results = evaluate(folder, config, pictures, processor, trainer.args)
     if results is not None:
