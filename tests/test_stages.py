@@ -9,15 +9,17 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
 
+from hf_mim import PiLaMIMForPreTraining
+from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.transforms import PretrainingTransform
 from hf_mim.training import pretraining
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.stages import set_later_stages_aside, stage_arguments, stage_seed
 from hf_mim.training.trainer import MIMTrainer
 from test_distributed import torchrun
-from tiny_training import FLAGS, RUN_MIM, losses, run, write_pictures
+from tiny_training import FLAGS, RUN_MIM, losses, run, tiny_config, write_pictures
 
 # 21 pictures and one held out: 5 steps of 4 in an epoch.
 COMMON = [
@@ -413,6 +415,70 @@ class TestDamage:
         (stopped / "stage-0" / "stage.json").unlink()
         assert train(folder, stopped, *TWO, f"--resume_from_checkpoint={stopped}/stage-1/checkpoint-3") == 1
         assert "stage-0 is not finished" in capsys.readouterr().err
+
+
+class TestFirstTeacher:
+    def test_is_given_and_only_the_first(self, folder, tmp_path):
+        sizes = {
+            "num_hidden_layers": 3,
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        }
+        torch.manual_seed(0)
+        teacher = PiLaMIMForPreTraining(tiny_config(**sizes))
+        teacher.save_pretrained(tmp_path / "teacher")
+        build_image_processor((16, 16), 3, [0.5] * 3, [0.25] * 3).save_pretrained(tmp_path / "teacher")
+        flags = [*TWO, f"--teacher_model_name_or_path={tmp_path / 'teacher'}"]
+        assert train(folder, tmp_path / "out", *flags) == 0
+        first, second = (AutoModelForPreTraining.from_pretrained(tmp_path / "out" / f"stage-{i}") for i in (0, 1))
+        assert first.config.teacher_config["hidden_size"] == 24 and second.config.teacher_config is None
+        for name, value in teacher.encoder.state_dict().items():
+            assert torch.equal(first.teacher.network.state_dict()[name], value), name
+        for name, value in first.encoder.state_dict().items():
+            assert torch.equal(second.teacher.network.state_dict()[name], value), name
+        # The student's pictures are normalised by ImageNet's mean, the teacher's are not.
+        assert first.config.image_mean == pytest.approx([0.485, 0.456, 0.406])
+        assert first.config.teacher_image_mean == [0.5] * 3 and second.config.teacher_image_mean is None
+
+    def test_run_from_it_resumes(self, folder, tmp_path, monkeypatch):
+        torch.manual_seed(0)
+        ViTModel(
+            ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
+        ).save_pretrained(tmp_path / "teacher")
+        flags = [
+            *TWO,
+            f"--teacher_model_name_or_path={tmp_path / 'teacher'}",
+            "--save_strategy=steps",
+            "--save_steps=3",
+        ]
+        assert train(folder, tmp_path / "a", *flags) == 0
+        for stage, step in ((0, 4), (1, 4)):
+            act_at(monkeypatch, stage, step, kill)
+            with pytest.raises(Killed):
+                train(folder, tmp_path / "b", *flags)
+        assert train(folder, tmp_path / "b", *flags) == 0
+        assert_same_run(tmp_path / "b", tmp_path / "a")
+
+    @pytest.mark.parametrize(
+        ("flags", "sizes", "message"),
+        [
+            (["--model_type=pilamim"], {}, "--teacher_model_name_or_path is of DBOT; --model_type is pilamim"),
+            ([], {"patch_size": 8}, "2 x 2 patches .*the student into 4 x 4"),
+            ([], {"num_channels": 1}, "takes pictures of 1 channels; these have 3. Pass --num_channels 1"),
+        ],
+    )
+    def test_that_cannot_be_one_is_refused_before_training(self, folder, tmp_path, capsys, flags, sizes, message):
+        PiLaMIMForPreTraining(tiny_config(**sizes)).save_pretrained(tmp_path / "teacher")
+        flags = [f"--teacher_model_name_or_path={tmp_path / 'teacher'}", *flags]
+        assert train(folder, tmp_path / "out", *flags) == 1
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+
+    def test_that_is_not_there(self, folder, tmp_path, capsys):
+        assert train(folder, tmp_path / "out", f"--teacher_model_name_or_path={tmp_path}/nowhere") == 1
+        assert "--teacher_model_name_or_path" in capsys.readouterr().err
 
 
 class TestTwoProcesses:

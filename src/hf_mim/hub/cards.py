@@ -9,6 +9,7 @@ from ..registry import METHODS
 _PAPERS = {
     "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
     "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
+    "tec": "Gao et al., *Towards Sustainable Self-supervised Learning*, 2022",
     "dbot": "Liu et al., *Exploring Target Representations for Masked Autoencoders*, ICLR 2024",
 }
 

@@ -19,13 +19,13 @@ from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.sources import PictureStream
 from ..data.transforms import PretrainingTransform, sample_generator
 from ..evaluation.batches import transformed_pictures
-from ..evaluation.pictures import draw_loss_curves
+from ..evaluation.pictures import draw_loss_curves, draw_shares
 from ..evaluation.report import describe_results, evaluate_features, extract_features, results_table
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, method_class
 from .arguments import MIMTrainingArguments
-from .building import build_config, build_model, load_pretraining_model
+from .building import build_config, build_model, describe_frozen, load_pretraining_model
 from .callbacks import LogReconstructions, SaveOnInterrupt
 from .command import ModelArguments, parse_arguments
 from .errors import plain_message
@@ -75,6 +75,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     if data_args.streaming and any(args.max_steps <= 0 for args in stages):
         raise ValueError("--streaming data has no length, so give --max_steps (and --warmup_steps, not epochs).")
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
+    describe_frozen(model_args, config)
     first, checkpoint = where_to_start(stages, config)
     data_args.image_size = list(as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
@@ -83,20 +84,22 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     for split in (pictures.train, pictures.validation):
         check_pictures(split, skip_broken=data_args.skip_broken_images)
     mean, std = resolve_mean_std(data_args, pictures.train)
+    if hasattr(config, "image_mean"):
+        # The network that the method learns from may want other pixels.
+        config.image_mean, config.image_std = list(map(float, mean)), list(map(float, std))
     processor = build_image_processor(as_pair(config.image_size), config.num_channels, mean, std)
 
     requested = False
     for stage in range(first, len(stages)):
         if stage > first:
             # What is left of the stage before goes first: two stages would need twice the memory.
-            trainer = model = reconstructions = interrupt = None
+            trainer = reconstructions = interrupt = None
             gc.collect()
         args = stages[stage]
         train_data, held_out = build_datasets(data_args, args, config, pictures, processor, mean, std)
         set_seed(args.seed)
-        model = build_stage(model_args, config, stages, stage)
         trainer = MIMTrainer(
-            model=model,
+            model=build_stage(model_args, config, stages, stage),
             args=args,
             train_dataset=train_data,
             eval_dataset=held_out,
@@ -106,23 +109,16 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
         )
         shown = trainer.data_collator([held_out[0, index] for index in range(min(_NUM_SHOWN, len(held_out)))])
         reconstructions = LogReconstructions(trainer, shown, mean, std)
-        trainer.add_callback(reconstructions)
         interrupt = SaveOnInterrupt(trainer)
         # A request that came too late for the stage before.
         interrupt.requested = requested
+        trainer.add_callback(reconstructions)
         trainer.add_callback(interrupt)
-        where = f"Stage {stage} (of stages 0 to {len(stages) - 1}). " if len(stages) > 1 else ""
-        say(
-            f"{where}{METHODS[config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; effective "
-            f"batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, "
-            f"{'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'} on {args.device}."
-        )
+        say(describe_stage(trainer, pictures))
         if checkpoint is not None:
             say(f"Resuming from {checkpoint}.")
-        if stage == first:
-            with PartialState().main_process_first():
-                if PartialState().is_main_process:
-                    set_later_stages_aside(stages, first)
+        if stage == first and trainer.is_world_process_zero():
+            set_later_stages_aside(stages, first)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -140,8 +136,9 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     # "Internal": without pushing, which waits for the card.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
+    shares = adapter_shares(trainer, shown)
     if trainer.is_world_process_zero():
-        write_results(trainer, data_args, pictures, processor, reconstructions.last_path, stages)
+        write_results(trainer, data_args, pictures, processor, reconstructions.last_path, shares, stages)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -203,12 +200,20 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
     return train, held_out
 
 
+def adapter_shares(trainer, shown: dict[str, torch.Tensor]) -> list[float] | None:
+    """What the model's `adapter_shares` says of the pictures shown. On all processes: under FSDP a common effort."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+    with trainer.accelerator.autocast():
+        return model.adapter_shares(*(shown[name].to(trainer.args.device) for name in ("pixel_values", "noise")))
+
+
 def write_results(
     trainer,
     data_args,
     pictures: PictureSplits,
     processor,
     reconstructions: Path | None,
+    shares: list[float] | None,
     stages: list[MIMTrainingArguments],
 ) -> None:
     """Writes loss curves, `features.json` and the card; says what the features are worth and where everything is."""
@@ -217,6 +222,8 @@ def write_results(
     history = run_history(stages) if len(stages) > 1 else trainer.state.log_history
     if draw_loss_curves(history, folder / "loss_curves.png"):
         drawn.append(folder / "loss_curves.png")
+    if shares is not None:
+        drawn.append(draw_shares(shares, folder / "adapter_shares.png"))
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
     earlier = {f"stage {stage}": args.output_dir for stage, args in enumerate(stages[:-1])}
     results = evaluate(earlier | {"trained": str(folder)}, config, pictures, processor, trainer.args)
@@ -266,6 +273,18 @@ def format_results(results: dict) -> str:
         for row in rows
     ]
     return "\n".join([describe_results(results), *lines])
+
+
+def describe_stage(trainer: MIMTrainer, pictures: PictureSplits) -> str:
+    """What is trained, on what, and how."""
+    args, model = trainer.args, trainer.model
+    stage = "" if trainer.stage is None else f"Stage {trainer.stage} (the last is {args.num_stages - 1}). "
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return (
+        f"{stage}{METHODS[model.config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; effective "
+        f"batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {precision} on "
+        f"{args.device}."
+    )
 
 
 def count_parameters(model) -> str:

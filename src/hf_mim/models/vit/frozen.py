@@ -370,11 +370,26 @@ def read_source(model_or_path) -> FrozenSource:
     if isinstance(model_or_path, PreTrainedModel):
         encoder = _encoder_of(model_or_path)
         return FrozenSource(encoder.config, encoder.state_dict())
-    config = AutoConfig.from_pretrained(model_or_path)
-    _layout(getattr(config, "vision_config", config))
-    model_class = CLIPVisionModel if config.model_type in ("clip", "clip_vision_model") else AutoModel
+    config, *normalization = read_description(model_or_path)
+    # AutoModel of a CLIP checkpoint would have its text tower too.
+    model_class = CLIPVisionModel if config.model_type == "clip_vision_model" else AutoModel
     encoder = model_class.from_pretrained(model_or_path, dtype=torch.float32)
-    return FrozenSource(encoder.config, encoder.state_dict(), *_normalization(model_or_path))
+    return FrozenSource(encoder.config, encoder.state_dict(), *normalization)
+
+
+def read_description(path: str) -> tuple[PreTrainedConfig, list[float] | None, list[float] | None]:
+    """
+    What is known of a trained network without its weights: config of the encoder, mean and standard deviation of its
+    pixels, None where it does not say.
+
+    Raises:
+        ValueError: If the network cannot give targets, saying why.
+        OSError: If there is no such model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    config = getattr(config, "vision_config", config)
+    _layout(config)
+    return config, *_normalization(path)
 
 
 def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:

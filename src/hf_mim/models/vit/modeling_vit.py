@@ -364,6 +364,16 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
             )
         return random_masking(noise, self.config.num_keep)
 
+    def take_source(self, source, new_encoder: bool = True) -> None:
+        """
+        Fills the frozen network that the method learns from with a trained one.
+
+        Args:
+            source (`FrozenSource`): As `read_source` gives.
+            new_encoder (`bool`, defaults to True): Whether the encoder is untrained.
+        """
+        raise ValueError(f"{type(self).__name__} learns from no other network.")
+
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
         """Called by the trainer after each optimiser step. `step` counts from 0 to `num_steps - 1`."""
 
@@ -388,6 +398,10 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
             `mask` (batch_size, 1, height, width), 1 where hidden, and predicted pixels (batch_size, num_channels,
             height, width), normalised as the input is.
         """
+        return None
+
+    def adapter_shares(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> list[float] | None:
+        """Shares of groups of blocks in what the decoder reads, where a method adds them up; None elsewhere."""
         return None
 
     def fill_missing(self, missing: set[str]) -> set[str]:
