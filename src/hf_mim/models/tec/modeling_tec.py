@@ -11,7 +11,15 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from ..vit.frozen import FrozenSource, FrozenViT, describe_config, frozen_config, load_source, read_source
+from ..vit.frozen import (
+    FrozenSource,
+    FrozenViT,
+    attention_products,
+    describe_config,
+    frozen_config,
+    load_source,
+    read_source,
+)
 from ..vit.masking import restore_order
 from ..vit.modeling_vit import (
     DecoderSizes,
@@ -208,8 +216,7 @@ class TECDecoder(nn.Module):
             nn.functional.linear(inputs, *weight).unflatten(2, (self.base_heads, -1)).transpose(1, 2)
             for inputs, weight in zip((tokens[samples, rows], tokens[:, 1:]), weights, strict=True)
         )
-        with torch.autocast(tokens.device.type, enabled=False):
-            return queries.float() @ keys.float().transpose(2, 3) * self.scale
+        return attention_products(queries, keys) * self.scale
 
 
 class TECForPreTraining(MaskedViTForPreTraining):

@@ -184,11 +184,19 @@ class LastAttention:
             # [CLS] is not turned: angle 0.
             cos, sin = torch.cat((torch.ones_like(cos[:1]), cos)), torch.cat((torch.zeros_like(sin[:1]), sin))
             queries = _rotate(queries, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
-        with torch.autocast(rows.device.type, enabled=False):
-            return queries.float() @ self.keys.float().transpose(2, 3) * queries.shape[-1] ** -0.5
+        return attention_products(queries, self.keys) * queries.shape[-1] ** -0.5
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def attention_products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`q k^T` of (batch_size, heads, n, head_dim) and (..., L, head_dim); in float32 under autocast too."""
+    if queries.is_meta:
+        # There is no autocast for it.
+        return queries.float() @ keys.float().transpose(2, 3)
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries.float() @ keys.float().transpose(2, 3)
 
 
 def _rotate(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
