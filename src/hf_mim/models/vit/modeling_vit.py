@@ -404,6 +404,13 @@ class MaskedViTForPreTraining(MaskedViTPreTrainedModel):
         """Shares of groups of blocks in what the decoder reads, where a method adds them up; None elsewhere."""
         return None
 
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
+        """
+        As `PreTrainedModel.save_pretrained`, under the names that the weights have here. By default it would write a
+        frozen ViT's under those of older versions of transformers, which the Trainer could not resume from.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
     def fill_missing(self, missing: set[str]) -> set[str]:
         """Fills what a checkpoint lacks and can be had without training; returns the names still missing."""
         return missing
