@@ -7,7 +7,9 @@ Training speed and memory of hf_mim's methods beside transformers' ViTMAE of the
 A step is forward, backward, AdamW, and the averaged target. Each round runs every case for a few steps in turn, beside
 a square matrix product, so that what else the machine does hits all alike; medians over rounds are reported. Peak
 memory is that of a process of its own per case, less what it held before the model was built. `matmul` is the share of
-the machine's own matrix product rate (float32 or bfloat16, as the case) that the step's arithmetic reaches.
+the machine's own matrix product rate (float32 or bfloat16, as the case) that the step's arithmetic reaches. `frozen`
+is the share of the step that the forward pass of a frozen network takes: PiLaMIM's target encoder, TEC's base (of the
+student's own sizes here).
 """
 
 import argparse
@@ -64,6 +66,16 @@ class Case:
             self.step()
         synchronize(self.device)
         return (time.perf_counter() - start) / steps
+
+    def time_frozen(self, steps: int) -> float:
+        """Seconds a step of what the frozen networks compute; 0 where there are none."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            with torch.no_grad(), torch.autocast(self.device, torch.bfloat16, enabled=self.precision == "bf16"):
+                for name in getattr(self.model, "frozen_modules", ()):
+                    self.model.get_submodule(name)(self.pixel_values)
+        synchronize(self.device)
+        return (time.perf_counter() - start) / steps if getattr(self.model, "frozen_modules", ()) else 0.0
 
     def flops(self) -> int:
         with FlopCounterMode(display=False) as counter:
@@ -134,13 +146,14 @@ def main() -> None:
     flops = {case.name: case.flops() for case in cases}
     for case in cases:
         case.time(1)
-    times = {name: [] for name in names}
+    times, frozen = ({name: [] for name in names} for _ in range(2))
     rates = {precision: [] for precision in args.precisions}
     for _ in range(args.rounds):
         for precision in args.precisions:
             rates[precision].append(matmul_rate(DTYPES[precision], args.device))
         for case in cases:
             times[case.name].append(case.time(args.steps))
+            frozen[case.name].append(case.time_frozen(args.steps))
     report = {
         "command": " ".join(["python", *sys.argv]),
         "machine": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {args.device}, "
@@ -157,16 +170,21 @@ def main() -> None:
             "step_ms": 1000 * seconds,
             "images_per_second": args.batch_size / seconds,
             "share_of_vit_mae": reference / seconds,
+            "frozen_share": statistics.median(frozen[case.name]) / seconds,
             "peak_memory_mib": memory[case.name],
             "gflop_per_image": flops[case.name] / args.batch_size / 1e9,
             "matmul_share": flops[case.name] / seconds / statistics.median(rates[case.precision]),
         }
     print(json.dumps({key: value for key, value in report.items() if key != "cases"}, indent=2))
-    print(f"{'':16}{'step ms':>10}{'images/s':>10}{'of ViTMAE':>11}{'peak MiB':>10}{'GFLOP/img':>11}{'matmul':>8}")
+    print(
+        f"{'':16}{'step ms':>10}{'images/s':>10}{'of ViTMAE':>11}{'frozen':>8}{'peak MiB':>10}"
+        f"{'GFLOP/img':>11}{'matmul':>8}"
+    )
     for name, case in report["cases"].items():
         print(
             f"{name:16}{case['step_ms']:10.1f}{case['images_per_second']:10.2f}{case['share_of_vit_mae']:11.2f}"
-            f"{case['peak_memory_mib']:10.0f}{case['gflop_per_image']:11.2f}{case['matmul_share']:8.2f}"
+            f"{case['frozen_share']:8.2f}{case['peak_memory_mib']:10.0f}{case['gflop_per_image']:11.2f}"
+            f"{case['matmul_share']:8.2f}"
         )
     if args.output:
         args.output.write_text(json.dumps(report, indent=2) + "\n")

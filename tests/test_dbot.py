@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
     ViTConfig,
     ViTMAEConfig,
     ViTMAEModel,
@@ -157,9 +160,10 @@ class TestTeacher:
             (ViTModel, ViTConfig, {}),
             (ViTMAEModel, ViTMAEConfig, {"mask_ratio": 0.0}),
             (Dinov2WithRegistersModel, Dinov2WithRegistersConfig, {"num_register_tokens": 3}),
+            (DINOv3ViTModel, DINOv3ViTConfig, {"num_register_tokens": 2, "num_attention_heads": 3}),
             (CLIPVisionModel, CLIPVisionConfig, {}),
         ],
-        ids=["vit", "vit_mae", "dinov2_with_registers", "clip"],
+        ids=["vit", "vit_mae", "dinov2_with_registers", "dinov3", "clip"],
     )
     def test_any_vit(self, tmp_path, model_class, config_class, fields):
         torch.manual_seed(0)
@@ -179,6 +183,8 @@ class TestTeacher:
         torch.testing.assert_close(outputs.targets, expected, rtol=0, atol=1e-4)
 
         model.save_pretrained(tmp_path)
+        # As the Trainer does when it resumes.
+        assert load_file(tmp_path / "model.safetensors").keys() == model.state_dict().keys()
         loaded = DBOTForPreTraining.from_pretrained(tmp_path)
         torch.testing.assert_close(loaded.teacher_targets(self.pixel_values()), outputs.targets)
         assert not any(parameter.requires_grad for parameter in loaded.teacher.parameters())

@@ -123,7 +123,8 @@ class TestEncoder:
         assert encoder.config._attn_implementation != "eager"
 
     def test_drawings(self, tmp_path):
-        found = encoder_properties(tiny_model("dbot", "Model"), [tiny_batch(tiny_model("dbot", "Model").config)["pixel_values"]])
+        encoder = tiny_model("dbot", "Model")
+        found = encoder_properties(encoder, [tiny_batch(encoder.config)["pixel_values"]])
         distances = {"one": found["attention_distance"], "two": 2 * found["attention_distance"]}
         path = draw_attention_distances(distances, tmp_path / "distances.png")
         assert Image.open(path).width > 800

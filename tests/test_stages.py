@@ -1,5 +1,6 @@
 """Runs of several stages: what each leaves, and that stopping and resuming anywhere changes no bit."""
 
+import gc
 import json
 import os
 import re
@@ -8,15 +9,17 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForPreTraining
+from transformers import AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
 
+from hf_mim import PiLaMIMForPreTraining
+from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.transforms import PretrainingTransform
 from hf_mim.training import pretraining
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.stages import set_later_stages_aside, stage_arguments, stage_seed
 from hf_mim.training.trainer import MIMTrainer
 from test_distributed import torchrun
-from tiny_training import FLAGS, RUN_MIM, losses, run, write_pictures
+from tiny_training import FLAGS, RUN_MIM, losses, run, tiny_config, write_pictures
 
 # 21 pictures and one held out: 5 steps of 4 in an epoch.
 COMMON = [
@@ -30,13 +33,33 @@ COMMON = [
 TWO = ["--num_stages=2", "--max_steps=7"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection():
+    """Each run collects garbage several times, and a third of a second each goes into looking at what stays anyway."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"), 22)
 
 
 def train(folder, out, *flags: str) -> int:
-    return pretraining.main([*COMMON, *flags, f"--train_dir={folder}", f"--output_dir={out}"])
+    data = [] if any(flag.startswith("--dataset_name") for flag in flags) else [f"--train_dir={folder}"]
+    return pretraining.main([*COMMON, *flags, *data, f"--output_dir={out}"])
+
+
+@pytest.fixture(autouse=True)
+def no_results(request, monkeypatch):
+    """Nothing is evaluated or drawn, but where a test is of that."""
+    if "only_evaluated" not in request.node.name:
+        monkeypatch.setattr(pretraining, "write_results", lambda *args: None)
+
+
+slow = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +190,10 @@ class TestLayout:
 
 class TestResuming:
     # With checkpoints at steps 3 and 6 and at the stage's end, 7.
-    PLACES = [(0, 2), (0, 4), (0, 6), (1, 0), (1, 2), (1, 5), (1, 6)]
+    PLACES = [(0, 4), (1, 0), (1, 5)]
+    MORE = [(0, 2), (0, 6), (1, 2), (1, 6)]
 
-    @pytest.mark.parametrize(("stage", "step"), PLACES)
+    @pytest.mark.parametrize(("stage", "step"), PLACES + [pytest.param(*place, marks=slow) for place in MORE])
     def test_killed_and_run_again(self, folder, unbroken, tmp_path, monkeypatch, stage, step):
         flags = [*TWO, "--save_strategy=steps", "--save_steps=3"]
         act_at(monkeypatch, stage, step, kill)
@@ -178,7 +202,8 @@ class TestResuming:
         assert train(folder, tmp_path, *flags) == 0
         assert_same_run(tmp_path, unbroken)
 
-    @pytest.mark.parametrize(("stage", "step"), [(0, 3), (0, 6), (1, 0), (1, 3), (1, 6)])
+    # In the middle, at the end, and just after it.
+    @pytest.mark.parametrize(("stage", "step"), [pytest.param(0, 3, marks=slow), (0, 6), (1, 0), (1, 6)])
     def test_interrupted_and_run_again(self, folder, unbroken, tmp_path, monkeypatch, capsys, stage, step):
         act_at(monkeypatch, stage, step, interrupt)
         assert train(folder, tmp_path, *TWO) == 130
@@ -190,7 +215,7 @@ class TestResuming:
         assert f"Resuming from {tmp_path}/stage-{stage}/checkpoint-{step + 1}" in capsys.readouterr().out
         assert_same_run(tmp_path, unbroken)
 
-    @pytest.mark.parametrize("strategy", ["no", "steps"])
+    @pytest.mark.parametrize("strategy", ["no", pytest.param("steps", marks=slow)])
     @pytest.mark.parametrize("function", ["save_stage", "mark_finished"])
     def test_killed_between_the_last_step_and_the_next_stage(
         self, folder, unbroken, tmp_path, monkeypatch, strategy, function
@@ -313,7 +338,10 @@ class TestArguments:
         [
             (["--num_stages=0"], "num_stages is 0; it must be at least 1"),
             (["--num_stages=-2"], "num_stages is -2"),
-            (["--num_stages=3", "--stage_epochs", "1", "2"], r"num_stages is 3, and stage_epochs has 2 numbers, \[1.0, 2"),
+            (
+                ["--num_stages=3", "--stage_epochs", "1", "2"],
+                r"num_stages is 3, and stage_epochs has 2 numbers",
+            ),
             (["--num_stages=1", "--stage_steps", "5", "6"], "num_stages is 1, and stage_steps has 2"),
             (["--stage_steps", "5", "0"], r"stage_steps is \[5, 0\]; expected one number above 0"),
             (["--stage_epochs", "-1"], "stage_epochs is .*above 0"),
@@ -322,7 +350,7 @@ class TestArguments:
             (["--num_stages=2", "--model_type=pilamim"], "pilamim is not trained in stages"),
             (["--num_stages=2", "--resume_from_checkpoint=true"], "There is no checkpoint in .*stage-0"),
             (["--num_stages=2", "--resume_from_checkpoint=/nowhere/checkpoint-5"], "is in no stage of this run"),
-            (["--num_stages=2", "--streaming", "--stage_epochs", "1", "2"], "give --max_steps"),
+            (["--dataset_name=nowhere", "--streaming", "--stage_epochs", "1", "2"], "give --max_steps"),
         ],
     )
     def test_that_cannot_work_are_refused_before_anything_is_written(self, folder, tmp_path, capsys, flags, message):
@@ -369,7 +397,10 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--num_stages=2", "--max_steps=8"], "trained with {'max_steps': 7, 'seed': 42}; asked for is {'max_steps': 8"),
+            (
+                ["--num_stages=2", "--max_steps=8"],
+                "trained with {'max_steps': 7, 'seed': 42}; asked for is {'max_steps': 8",
+            ),
             (["--num_stages=2", "--num_train_epochs=2"], "asked for is {'num_train_epochs': 2"),
             ([*TWO, "--seed=1"], "asked for is {'max_steps': 7, 'seed': 1}"),
             ([*TWO, "--mask_ratio=0.5"], "another model (mask_ratio: 0.75 there, 0.5 here)"),
@@ -386,46 +417,158 @@ class TestDamage:
         assert "stage-0 is not finished" in capsys.readouterr().err
 
 
+class TestFirstTeacher:
+    def test_is_given_and_only_the_first(self, folder, tmp_path):
+        sizes = {
+            "num_hidden_layers": 3,
+            "hidden_size": 24,
+            "num_attention_heads": 2,
+            "image_size": 16,
+            "patch_size": 4,
+        }
+        torch.manual_seed(0)
+        teacher = PiLaMIMForPreTraining(tiny_config(**sizes))
+        teacher.save_pretrained(tmp_path / "teacher")
+        build_image_processor((16, 16), 3, [0.5] * 3, [0.25] * 3).save_pretrained(tmp_path / "teacher")
+        flags = [*TWO, f"--teacher_model_name_or_path={tmp_path / 'teacher'}"]
+        assert train(folder, tmp_path / "out", *flags) == 0
+        first, second = (AutoModelForPreTraining.from_pretrained(tmp_path / "out" / f"stage-{i}") for i in (0, 1))
+        assert first.config.teacher_config["hidden_size"] == 24 and second.config.teacher_config is None
+        for name, value in teacher.encoder.state_dict().items():
+            assert torch.equal(first.teacher.network.state_dict()[name], value), name
+        for name, value in first.encoder.state_dict().items():
+            assert torch.equal(second.teacher.network.state_dict()[name], value), name
+        # The student's pictures are normalised by ImageNet's mean, the teacher's are not.
+        assert first.config.image_mean == pytest.approx([0.485, 0.456, 0.406])
+        assert first.config.teacher_image_mean == [0.5] * 3 and second.config.teacher_image_mean is None
+
+    def test_run_from_it_resumes(self, folder, tmp_path, monkeypatch):
+        torch.manual_seed(0)
+        ViTModel(
+            ViTConfig(hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=4)
+        ).save_pretrained(tmp_path / "teacher")
+        flags = [
+            *TWO,
+            f"--teacher_model_name_or_path={tmp_path / 'teacher'}",
+            "--save_strategy=steps",
+            "--save_steps=3",
+        ]
+        assert train(folder, tmp_path / "a", *flags) == 0
+        for stage, step in ((0, 4), (1, 4)):
+            act_at(monkeypatch, stage, step, kill)
+            with pytest.raises(Killed):
+                train(folder, tmp_path / "b", *flags)
+        assert train(folder, tmp_path / "b", *flags) == 0
+        assert_same_run(tmp_path / "b", tmp_path / "a")
+
+    @pytest.mark.parametrize(
+        ("flags", "sizes", "message"),
+        [
+            (["--model_type=pilamim"], {}, "--teacher_model_name_or_path is of DBOT; --model_type is pilamim"),
+            ([], {"patch_size": 8}, "2 x 2 patches .*the student into 4 x 4"),
+            ([], {"num_channels": 1}, "takes pictures of 1 channels; these have 3. Pass --num_channels 1"),
+        ],
+    )
+    def test_that_cannot_be_one_is_refused_before_training(self, folder, tmp_path, capsys, flags, sizes, message):
+        PiLaMIMForPreTraining(tiny_config(**sizes)).save_pretrained(tmp_path / "teacher")
+        flags = [f"--teacher_model_name_or_path={tmp_path / 'teacher'}", *flags]
+        assert train(folder, tmp_path / "out", *flags) == 1
+        assert re.search(message, capsys.readouterr().err)
+        assert not (tmp_path / "out").exists()
+
+    def test_that_is_not_there(self, folder, tmp_path, capsys):
+        assert train(folder, tmp_path / "out", f"--teacher_model_name_or_path={tmp_path}/nowhere") == 1
+        assert "--teacher_model_name_or_path" in capsys.readouterr().err
+
+
 class TestTwoProcesses:
-    STOP = """
-import os, sys
-from hf_mim.training import pretraining
-from hf_mim.training.trainer import MIMTrainer
-
-stage, step = map(int, sys.argv[1:3])
-step_of = MIMTrainer.training_step
-
-def training_step(self, *args, **kwargs):
-    if (self.stage, self.state.global_step) == (stage, step):
-        sys.stdout.flush()
-        os._exit(9)
-    return step_of(self, *args, **kwargs)
-
-MIMTrainer.training_step = training_step
-pretraining.main(sys.argv[3:])
-"""
-
     def flags(self, folder, out) -> list[str]:
         flags = [*COMMON, *TWO, "--per_device_train_batch_size=2", "--save_strategy=steps", "--save_steps=3"]
         return [*flags, f"--train_dir={folder}", f"--output_dir={out}"]
 
-    @pytest.fixture(scope="class")
-    def two_processes(self, folder, tmp_path_factory):
-        out = tmp_path_factory.mktemp("two")
-        result = run(torchrun(RUN_MIM, *self.flags(folder, out)))
-        assert result.returncode == 0, result.stderr
-        return out
+    def test_broken_off_and_run_again(self, folder, tmp_path):
+        """In one launch: a run, and one that breaks off in stage 1 before its first checkpoint, and goes on."""
+        script = tmp_path / "stages.py"
+        script.write_text("""
+import os, sys
+from pathlib import Path
+import torch
+from hf_mim.data.arguments import DataArguments
+from hf_mim.training import pretraining
+from hf_mim.training.arguments import MIMTrainingArguments
+from hf_mim.training.command import ModelArguments, parse_arguments
+from hf_mim.training.trainer import MIMTrainer
 
-    # In the middle of stage 1; and before its first checkpoint.
-    @pytest.mark.parametrize(("stage", "step"), [(1, 1), pytest.param(1, 4, marks=pytest.mark.slow)])
-    def test_killed_and_run_again(self, folder, two_processes, tmp_path, stage, step):
+pretraining.write_results = lambda *args: None
+step_of, train_of = MIMTrainer.training_step, MIMTrainer.train
+folder, flags = Path(sys.argv[1]), sys.argv[2:]
+starts = []
+
+def train(self, *args, **kwargs):
+    starts.append({name: value.clone() for name, value in self.model.state_dict().items()})
+    return train_of(self, *args, **kwargs)
+
+def run(name):
+    starts.clear()
+    arguments = parse_arguments(
+        (ModelArguments, DataArguments, MIMTrainingArguments), [*flags, f"--output_dir={folder / name}"]
+    )
+    return pretraining.pretrain(*arguments)
+
+def training_step(self, *args, **kwargs):
+    if (self.stage, self.state.global_step) == (1, 1):
+        raise KeyboardInterrupt
+    return step_of(self, *args, **kwargs)
+
+MIMTrainer.train = train
+assert run("unbroken") == 0
+# Before DDP, which would send the first process's weights to the others.
+torch.save(starts, folder / f"starts{os.environ['RANK']}.pt")
+MIMTrainer.training_step = training_step
+try:
+    run("broken")
+    raise AssertionError("it did not break off")
+except KeyboardInterrupt:
+    pass
+assert len(starts) == 2
+MIMTrainer.training_step = step_of
+assert run("broken") == 0
+assert len(starts) == 1, "stage 0 was trained again"
+sys.stdout.flush()
+os._exit(0)  # as in test_stream_is_shared_out
+""")
+        flags = self.flags(folder, tmp_path)[:-1]
+        result = run(torchrun(str(script), str(tmp_path), *flags))
+        assert result.returncode == 0, result.stderr
+        assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
+        one, other = (torch.load(tmp_path / f"starts{rank}.pt", weights_only=True) for rank in (0, 1))
+        for stage in (0, 1):
+            assert all(torch.equal(one[stage][name], value) for name, value in other[stage].items())
+
+    @slow
+    def test_killed_and_run_again(self, folder, tmp_path):
         script = tmp_path / "killed.py"
-        script.write_text(self.STOP)
+        script.write_text("""
+import os, sys
+from hf_mim.training import pretraining
+from hf_mim.training.trainer import MIMTrainer
+
+step_of = MIMTrainer.training_step
+
+def training_step(self, *args, **kwargs):
+    if (self.stage, self.state.global_step) == (1, 4):
+        os._exit(9)
+    return step_of(self, *args, **kwargs)
+
+MIMTrainer.training_step = training_step
+pretraining.main(sys.argv[1:])
+""")
         out = tmp_path / "out"
-        result = run(torchrun(str(script), str(stage), str(step), *self.flags(folder, out)))
-        assert result.returncode != 0 and (out / "stage-0" / "stage.json").is_file(), result.stderr
+        assert run(torchrun(RUN_MIM, *self.flags(folder, tmp_path / "unbroken"))).returncode == 0
+        result = run(torchrun(str(script), *self.flags(folder, out)))
+        assert result.returncode != 0 and (out / "stage-1" / "checkpoint-3").is_dir(), result.stderr
         assert not (out / "model.safetensors").exists()
         result = run(torchrun(RUN_MIM, *self.flags(folder, out)))
         assert result.returncode == 0, result.stderr
-        assert "Stage 1 (" in result.stdout and "Stage 0 (" not in result.stdout
-        assert_same_run(out, two_processes)
+        assert result.stdout.count("Stage 1 (") == 1 and "Stage 0 (" not in result.stdout
+        assert_same_run(out, tmp_path / "unbroken")

@@ -107,3 +107,26 @@ def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def draw_shares(shares: list[float], path: str | Path) -> Path:
+    """
+    Draws how much each group of blocks contributes to what the decoder reads (figure 7 of the TEC paper), as bars.
+
+    Args:
+        shares (`list[float]`): Of each group, the first blocks' first; they sum to 1.
+        path: Where the PNG goes; returned.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, panel = plt.subplots(figsize=(1.5 + 0.8 * len(shares), 3), layout="constrained")
+    bars = panel.bar(range(1, 1 + len(shares)), shares)
+    panel.bar_label(bars, fmt="{:.2f}")
+    panel.set(xlabel="group of blocks, from input to output", ylabel="share", xticks=range(1, 1 + len(shares)))
+    panel.set_ylim(0, 1.15 * max(shares))
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return Path(path)

@@ -115,7 +115,7 @@ def _sums_over_pictures(encoder, pixel_values: torch.Tensor, top: int) -> tuple[
 
 
 def draw_attention_distances(distances: dict[str, torch.Tensor], path: str | Path) -> Path:
-    """Draws `attention_distance` (num_layers, num_heads) by encoder: a panel each, a point a head. Returns the path."""
+    """Draws `attention_distance` (num_layers, num_heads) by encoder: a panel each, a point a head; returns `path`."""
     figure, panels = _panels(len(distances))
     for panel, (name, values) in zip(panels, distances.items(), strict=True):
         layers = torch.arange(1, len(values) + 1)
@@ -127,7 +127,7 @@ def draw_attention_distances(distances: dict[str, torch.Tensor], path: str | Pat
 
 
 def draw_singular_shares(shares: dict[str, torch.Tensor], path: str | Path, top: int = 5) -> Path:
-    """Draws `top_singular_share` (num_layers,) by encoder in one panel. Returns the path."""
+    """Draws `top_singular_share` (num_layers,) by encoder in one panel; returns `path`."""
     figure, (panel,) = _panels(1)
     for name, values in shares.items():
         panel.plot(torch.arange(1, len(values) + 1), 100 * values, label=name, marker="o", markersize=3)

@@ -45,8 +45,8 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         by a pooler that is the identity; with mean pooling it has no pooler (load it with `add_pooling_layer=False`).
 
     Raises:
-        ValueError: If a classifier pools by the mean, which `ViTForImageClassification` cannot, or the model is not
-            one of hf_mim's.
+        ValueError: If a classifier pools by the mean or reads TEC's encoder adapters, which
+            `ViTForImageClassification` cannot, or the model is not one of hf_mim's.
     """
     if model.config.model_type not in BASELINES and not isinstance(model, MaskedViTPreTrainedModel):
         raise ValueError(f"to_vit exports models of {', '.join(MODEL_TYPES)}; this one is {type(model).__name__}.")
@@ -57,6 +57,11 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
             f"The classifier pools by the {config.pooling} of the patch tokens; ViTForImageClassification reads [CLS] "
             "only, so the export would give other logits. Export its encoder, to_vit(model.encoder), or fine-tune "
             'with pooling="cls".'
+        )
+    if classifier and getattr(model, "encoder_adapter", None) is not None:
+        raise ValueError(
+            "The classifier reads TEC's encoder adapters, which ViTForImageClassification has not. Export its "
+            "encoder, to_vit(model.encoder), or tune in another tuning_mode."
         )
     encoder = model.base_model
     vit_config = ViTConfig(**{name: getattr(config, name) for name in _SHARED_FIELDS}, pooler_act="linear")

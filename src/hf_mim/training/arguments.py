@@ -151,7 +151,7 @@ class MIMTrainingArguments(TrainingArguments):
 
     def _check_stages(self) -> None:
         if self.stage_epochs is not None and self.stage_steps is not None:
-            raise ValueError("Both stage_epochs and stage_steps are given; each says how long the stages are. Leave one out.")
+            raise ValueError("Both stage_epochs and stage_steps are given, which say the same thing. Leave one out.")
         name = "stage_epochs" if self.stage_epochs is not None else "stage_steps"
         lengths = getattr(self, name)
         if lengths is not None:
@@ -169,7 +169,7 @@ class MIMTrainingArguments(TrainingArguments):
         if self.num_stages < 1:
             raise ValueError(f"num_stages is {self.num_stages}; it must be at least 1.")
         if self.keep_optimizer_state and self.num_stages == 1:
-            raise ValueError("keep_optimizer_state carries moments from stage to stage; num_stages is 1. Leave it out.")
+            raise ValueError("keep_optimizer_state is for several stages; num_stages is 1. Leave it out.")
 
     @property
     def effective_batch_size(self) -> int:

@@ -11,12 +11,17 @@ from transformers.utils import logging
 
 from ..hub.vit import encoder_from_vit
 from ..models.vit.configuration_vit import as_pair
+from ..models.vit.frozen import describe_config, read_description, read_source
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
 from ..registry import BASELINES, ENCODER, METHODS, method_class
 from .command import ClassifierArguments, ModelArguments
 from .presets import preset_config
 
 logger = logging.get_logger(__name__)
+
+# Methods that learn from a trained network: the name of its part, with which its flag and its config's fields start,
+# and whether it may be left out.
+_FROZEN = {"tec": ("base", False), "dbot": ("teacher", True)}
 
 # What tells an encoder's shape; weights that are loaded decide it.
 _ENCODER_FIELDS = (
@@ -64,6 +69,39 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
         return config_class(**(settings | chosen))
     except StrictDataclassError as error:
         raise ValueError(f"The network's config: {' '.join(str(error).split())}") from error
+
+
+def describe_frozen(args: ModelArguments, config) -> None:
+    """
+    Writes into a method's config which trained network it learns from.
+
+    Raises:
+        ValueError: If the flag that names it is missing, or names what cannot be learnt from.
+    """
+    for model_type, (name, optional) in _FROZEN.items():
+        flag = f"{name}_model_name_or_path"
+        path = getattr(args, flag)
+        if model_type != args.model_type:
+            if path is not None:
+                raise ValueError(f"--{flag} is of {METHODS[model_type]}; --model_type is {args.model_type}.")
+        elif path is not None:
+            try:
+                frozen, mean, std = read_description(path)
+            except OSError as error:
+                raise ValueError(f"--{flag} {path}: {error}") from error
+            if frozen.num_channels != config.num_channels:
+                raise ValueError(
+                    f"--{flag} {path} takes pictures of {frozen.num_channels} channels; these have "
+                    f"{config.num_channels}. Pass --num_channels {frozen.num_channels}, or choose another network."
+                )
+            setattr(config, f"{name}_config", describe_config(frozen))
+            setattr(config, f"{name}_image_mean", mean)
+            setattr(config, f"{name}_image_std", std)
+        elif not optional and args.model_name_or_path is None:
+            raise ValueError(
+                f"{METHODS[model_type]} learns from a trained network: give --{flag}, a folder or a name on the Hub "
+                "(a ViT with [CLS]: of hf_mim, ViT, ViTMAE, DINOv2, DINOv3 or CLIP)."
+            )
 
 
 def _check_asked_for(path: str, given: dict, asked: dict) -> None:
@@ -122,13 +160,13 @@ def build_classifier(args: ClassifierArguments, config) -> PreTrainedModel:
     Raises:
         ValueError: If the weights lack more than the head.
     """
-    kwargs = {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+    kwargs = _attention(args)
     path = args.model_name_or_path
     source = None if path is None else AutoConfig.from_pretrained(path)
     if source is None or source.model_type != config.model_type:
         model = method_class(config.model_type, "ForImageClassification")._from_config(config, **kwargs)
         if source is not None:
-            model.encoder.load_state_dict(_load_encoder(path).state_dict())
+            model.encoder.load_vit_state_dict(_load_encoder(path).vit_state_dict())
         _start_head(model)
         return model
     model, info = AutoModelForImageClassification.from_pretrained(
@@ -161,13 +199,17 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     """The pretraining model, with the weights of `model_name_or_path` where given."""
     model_class = method_class(args.model_type, "ForPreTraining")
     kwargs = _attention(args)
+    frozen = _frozen_path(args)
     if args.model_name_or_path is None:
-        return model_class._from_config(config, **kwargs)
+        model = model_class._from_config(config, **kwargs)
+        if frozen is not None:
+            model.take_source(read_source(frozen))
+        return model
     source = AutoConfig.from_pretrained(args.model_name_or_path)
     if source.model_type == args.model_type:
         try:
-            return model_class.from_pretrained(
-                args.model_name_or_path, config=config, initialize_missing=True, **kwargs
+            model, info = model_class.from_pretrained(
+                args.model_name_or_path, config=config, initialize_missing=True, output_loading_info=True, **kwargs
             )
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
@@ -176,12 +218,25 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
                 f"The decoders in {args.model_name_or_path} have other sizes than the flags ask for (see the report "
                 "above). Leave their sizes out of --config_overrides."
             ) from error
-    model = model_class._from_config(config, **kwargs)
-    model.load_encoder(_load_encoder(args.model_name_or_path))
-    missing = {name for name in model.state_dict() if not name.startswith(("encoder.", "vit."))}
-    built = sorted({name.split(".")[0] for name in model.fill_missing(missing)})
-    if built:
-        logger.warning(f"{args.model_name_or_path} ({source.model_type}) gives the encoder; new: {', '.join(built)}.")
+        missing = info["missing_keys"]
+    else:
+        model = model_class._from_config(config, **kwargs)
+        model.load_encoder(_load_encoder(args.model_name_or_path))
+        missing = {name for name in model.state_dict() if not name.startswith(("encoder.", "vit."))}
+        built = sorted({name.split(".")[0] for name in model.fill_missing(missing)})
+        if built:
+            logger.warning(
+                f"{args.model_name_or_path} ({source.model_type}) gives the encoder; new: {', '.join(built)}."
+            )
+    if frozen is not None:
+        model.take_source(read_source(frozen), new_encoder=False)
+    elif args.model_type in _FROZEN:
+        name, optional = _FROZEN[args.model_type]
+        if not optional and any(key.startswith(f"{name}.") for key in missing):
+            raise ValueError(
+                f"{args.model_name_or_path} does not hold the network that {METHODS[args.model_type]} learns from. "
+                f"Give --{name}_model_name_or_path too."
+            )
     return model
 
 
@@ -190,8 +245,15 @@ def load_pretraining_model(args: ModelArguments, folder: str) -> MaskedViTForPre
     return method_class(args.model_type, "ForPreTraining").from_pretrained(folder, **_attention(args))
 
 
-def _attention(args: ModelArguments) -> dict[str, str]:
+def _attention(args: ModelArguments | ClassifierArguments) -> dict[str, str]:
     return {} if args.attn_implementation is None else {"attn_implementation": args.attn_implementation}
+
+
+def _frozen_path(args: ModelArguments) -> str | None:
+    """The trained network that the method learns from, if the flags name one."""
+    if args.model_type not in _FROZEN:
+        return None
+    return getattr(args, f"{_FROZEN[args.model_type][0]}_model_name_or_path")
 
 
 def parse_overrides(text: str | None) -> dict:

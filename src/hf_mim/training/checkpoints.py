@@ -11,6 +11,9 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from ..models.vit.configuration_vit import as_pair
 
+# How the pictures are normalised: of the data, which is read after this check.
+_OF_DATA = ("image_mean", "image_std")
+
 
 def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrainedConfig) -> str | None:
     """
@@ -120,7 +123,7 @@ def _differences(saved: dict, wanted: PreTrainedConfig) -> list[str]:
     return [
         f"{name}: {_plain(there, name)!r} there, {_plain(here, name)!r} here"
         for name in names
-        if not name.startswith("_") and _plain(there, name) != _plain(here, name)
+        if not name.startswith("_") and name not in _OF_DATA and _plain(there, name) != _plain(here, name)
     ]
 
 

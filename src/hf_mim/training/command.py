@@ -32,6 +32,20 @@ class ModelArguments:
             "it lacks is built anew."
         },
     )
+    base_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "TEC: the trained network to learn from, any ViT with [CLS]: of hf_mim, ViT, ViTMAE, DINOv2, "
+            "DINOv3, CLIP. Required, unless model_name_or_path is a pretraining checkpoint, which holds it."
+        },
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "dBOT: the trained network to learn from in the first stage, any that TEC takes as base. Default: "
+            "one as untrained as the student."
+        },
+    )
     patch_size: list[int] | None = field(
         default=None, metadata={"help": "Pixels of a patch: one number, or height and width."}
     )

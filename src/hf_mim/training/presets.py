@@ -26,6 +26,15 @@ _METHOD_FIELDS = {
         "decoder_num_attention_heads": 2,
     },
     ("ocl", "large"): {"mask_ratio": 0.4},
+    ("tec", "tiny"): {
+        "adapter_group_size": 2,
+        "decoder_hidden_size": 64,
+        "decoder_num_attention_heads": 2,
+    },
+    # The paper's ViT-L; its temperature is for MAE-L as base.
+    ("tec", "large"): {"decoder_hidden_size": 768, "attention_temperature": 1.4},
+    # 32 blocks are no multiple of 3.
+    ("tec", "huge"): {"adapter_group_size": 4},
     # At four blocks stochastic depth only takes away.
     ("dbot", "tiny"): {
         "decoder_hidden_size": 64,

@@ -17,13 +17,13 @@ from ..data.transforms import PretrainingTransform, sample_generator
 from ..evaluation.encoders import FeatureEncoder, RawPixels
 from ..evaluation.features import extract_features, labelled_splits, shared_labels
 from ..evaluation.online import OnlineEvaluation
-from ..evaluation.pictures import draw_loss_curves
+from ..evaluation.pictures import draw_loss_curves, draw_shares
 from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features, results_table, text_table
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, MODEL_TYPES, method_class
 from .arguments import MIMTrainingArguments
-from .building import build_config, build_model, load_pretraining_model
+from .building import build_config, build_model, describe_frozen, load_pretraining_model
 from .callbacks import LogReconstructions, SaveOnInterrupt
 from .command import ModelArguments, parse_arguments, say
 from .errors import run_job
@@ -58,6 +58,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     if data_args.streaming and any(args.max_steps <= 0 for args in stages):
         raise ValueError("--streaming data has no length, so give --max_steps (and --warmup_steps, not epochs).")
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
+    describe_frozen(model_args, config)
     first, checkpoint = where_to_start(stages, config)
     data_args.image_size = list(as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
@@ -66,20 +67,23 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     for split in (pictures.train, pictures.validation):
         check_pictures(split, skip_broken=data_args.skip_broken_images)
     mean, std = resolve_mean_std(data_args, pictures.train)
+    if hasattr(config, "image_mean"):
+        # The network that the method learns from may want other pixels.
+        config.image_mean, config.image_std = list(map(float, mean)), list(map(float, std))
     processor = build_image_processor(as_pair(config.image_size), config.num_channels, mean, std)
     feature_evaluation = build_feature_evaluation(training_args, pictures, processor)
 
     requested = False
     for stage in range(first, len(stages)):
-        # What is left of the stage before goes first: two stages would need twice the memory.
-        trainer = model = reconstructions = interrupt = None
-        gc.collect()
+        if stage > first:
+            # What is left of the stage before goes first: two stages would need twice the memory.
+            trainer = reconstructions = interrupt = None
+            gc.collect()
         args = stages[stage]
         train_data, held_out = build_datasets(data_args, args, config, pictures, processor, mean, std)
         set_seed(args.seed)
-        model = build_stage(model_args, config, stages, stage)
         trainer = MIMTrainer(
-            model=model,
+            model=build_stage(model_args, config, stages, stage),
             args=args,
             train_dataset=train_data,
             eval_dataset=held_out,
@@ -90,23 +94,16 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
         trainer.feature_evaluation = feature_evaluation
         shown = trainer.data_collator([held_out[0, index] for index in range(min(_NUM_SHOWN, len(held_out)))])
         reconstructions = LogReconstructions(trainer, shown, mean, std)
-        trainer.add_callback(reconstructions)
         interrupt = SaveOnInterrupt(trainer)
         # A request that came too late for the stage before.
         interrupt.requested = requested
+        trainer.add_callback(reconstructions)
         trainer.add_callback(interrupt)
-        where = f"Stage {stage} (of stages 0 to {len(stages) - 1}). " if len(stages) > 1 else ""
-        say(
-            f"{where}{MODEL_TYPES[config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; "
-            f"effective batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, "
-            f"{'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'} on {args.device}."
-        )
+        say(describe_stage(trainer, pictures))
         if checkpoint is not None:
             say(f"Resuming from {checkpoint}.")
-        if stage == first:
-            with PartialState().main_process_first():
-                if PartialState().is_main_process:
-                    set_later_stages_aside(stages, first)
+        if stage == first and trainer.is_world_process_zero():
+            set_later_stages_aside(stages, first)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -124,13 +121,14 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     # "Internal": without pushing, which waits for the card.
     trainer.save_model(_internal_call=True)
     trainer.save_state()
+    shares = adapter_shares(trainer, shown)
     # The files that the evaluation reads are written by one process.
     PartialState().wait_for_everyone()
     folders = {f"stage {stage}": args.output_dir for stage, args in enumerate(stages[:-1])}
     folders["trained"] = training_args.output_dir
     results = evaluate(folders, config, pictures, processor, training_args)
     if trainer.is_world_process_zero():
-        write_results(trainer, data_args, pictures, results, reconstructions.last_path, stages)
+        write_results(trainer, data_args, pictures, results, reconstructions.last_path, shares, stages)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
         trainer.push_to_hub()
@@ -226,12 +224,20 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
     return train, held_out
 
 
+def adapter_shares(trainer, shown: dict[str, torch.Tensor]) -> list[float] | None:
+    """What the model's `adapter_shares` says of the pictures shown. On all processes: under FSDP a common effort."""
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+    with trainer.accelerator.autocast():
+        return model.adapter_shares(*(shown[name].to(trainer.args.device) for name in ("pixel_values", "noise")))
+
+
 def write_results(
     trainer,
     data_args,
     pictures: PictureSplits,
     results: dict | None,
     reconstructions: Path | None,
+    shares: list[float] | None,
     stages: list[MIMTrainingArguments],
 ) -> None:
     """Writes loss curves, `features.json` and the card; says what the features are worth and where everything is."""
@@ -240,6 +246,8 @@ def write_results(
     history = run_history(stages) if len(stages) > 1 else trainer.state.log_history
     if draw_loss_curves(history, folder / "loss_curves.png"):
         drawn.append(folder / "loss_curves.png")
+    if shares is not None:
+        drawn.append(draw_shares(shares, folder / "adapter_shares.png"))
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
     if results is not None:
         (folder / "features.json").write_text(json.dumps(results, indent=2) + "\n")
@@ -284,6 +292,18 @@ def evaluate(folders: dict[str, str], config, pictures: PictureSplits, processor
 def format_results(results: dict) -> str:
     """The results as a table for the terminal."""
     return f"{describe_results(results)}\n{text_table(results_table(results))}"
+
+
+def describe_stage(trainer: MIMTrainer, pictures: PictureSplits) -> str:
+    """What is trained, on what, and how."""
+    args, model = trainer.args, trainer.model
+    stage = "" if trainer.stage is None else f"Stage {trainer.stage} (the last is {args.num_stages - 1}). "
+    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    return (
+        f"{stage}{MODEL_TYPES[model.config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; "
+        f"effective batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {precision} on "
+        f"{args.device}."
+    )
 
 
 def count_parameters(model) -> str:

@@ -127,7 +127,7 @@ def set_later_stages_aside(stages: list[MIMTrainingArguments], first: int) -> No
         if number.isdigit() and int(number) > first:
             target = _unused(folder.with_name(f"old-{folder.name}"))
             folder.rename(target)
-            logger.warning(f"Training goes on with stage {first}: {folder}, of an earlier run, is renamed {target.name}.")
+            logger.warning(f"Training goes on with stage {first}: {folder}, of an earlier run, is now {target.name}.")
 
 
 def _unused(path: Path) -> Path:

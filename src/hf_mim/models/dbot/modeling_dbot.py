@@ -151,7 +151,7 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
 
     @torch.no_grad()
     def teacher_targets(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The teacher's last block's output, before its final norm, each token with mean 0 and (unbiased) variance 1."""
+        """The teacher's last block's output before its final norm, each token with mean 0 and unbiased variance 1."""
         (features,) = self.teacher(pixel_values).last_hidden_states
         variance, mean = torch.var_mean(features.float(), dim=-1, keepdim=True)
         return (features - mean) / (variance + _TARGET_EPS).sqrt()

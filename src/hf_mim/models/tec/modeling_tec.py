@@ -11,7 +11,15 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from ..vit.frozen import FrozenSource, FrozenViT, describe_config, frozen_config, load_source, read_source
+from ..vit.frozen import (
+    FrozenSource,
+    FrozenViT,
+    attention_products,
+    describe_config,
+    frozen_config,
+    load_source,
+    read_source,
+)
 from ..vit.masking import restore_order
 from ..vit.modeling_vit import (
     DecoderSizes,
@@ -208,8 +216,7 @@ class TECDecoder(nn.Module):
             nn.functional.linear(inputs, *weight).unflatten(2, (self.base_heads, -1)).transpose(1, 2)
             for inputs, weight in zip((tokens[samples, rows], tokens[:, 1:]), weights, strict=True)
         )
-        with torch.autocast(tokens.device.type, enabled=False):
-            return queries.float() @ keys.float().transpose(2, 3) * self.scale
+        return attention_products(queries, keys) * self.scale
 
 
 class TECForPreTraining(MaskedViTForPreTraining):
@@ -261,7 +268,7 @@ class TECForPreTraining(MaskedViTForPreTraining):
             ValueError: If the network cannot be a base, or the patch grids differ, with the reason.
             OSError: If there is no such model.
         """
-        source = base if isinstance(base, FrozenSource) else read_source(base)
+        source = read_source(base)
         if config is None:
             names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
             config = TECConfig(**{name: getattr(source.config, name) for name in (*names, "num_channels")})
@@ -270,14 +277,16 @@ class TECForPreTraining(MaskedViTForPreTraining):
         if source.image_mean is not None:
             config.base_image_mean, config.base_image_std = source.image_mean, source.image_std
         model = cls._from_config(config, **kwargs)
-        load_source(model.base, source)
-        if config.initialize_from_base:
-            model.start_from_base()
+        model.take_source(source)
         return model.eval()
 
+    def take_source(self, source: FrozenSource, new_encoder: bool = True) -> None:
+        load_source(self.base, source)
+        if new_encoder and self.config.initialize_from_base:
+            self._start_from_base()
+
     @torch.no_grad()
-    def start_from_base(self) -> None:
-        """Gives the encoder the base's weights (an ablation of the paper)."""
+    def _start_from_base(self) -> None:
         network = self.base.network
         weights = network.vit_state_dict() if isinstance(network, MaskedViTModel) else network.state_dict()
         weights = {name: value for name, value in weights.items() if not name.endswith("mask_token")}
@@ -344,7 +353,7 @@ class TECForPreTraining(MaskedViTForPreTraining):
 
     @torch.no_grad()
     def feature_targets(self, last_hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """Float32 features (batch_size, num_patches, base_width) of the base's last blocks, averaged and normalised."""
+        """Mean of the base's last blocks' outputs, normalised; float32 (batch_size, num_patches, base_width)."""
         features = sum(tokens[:, 1:].float() for tokens in last_hidden_states) / len(last_hidden_states)
         if self.config.feature_normalization == "none":
             return features

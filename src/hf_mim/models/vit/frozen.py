@@ -184,11 +184,19 @@ class LastAttention:
             # [CLS] is not turned: angle 0.
             cos, sin = torch.cat((torch.ones_like(cos[:1]), cos)), torch.cat((torch.zeros_like(sin[:1]), sin))
             queries = _rotate(queries, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
-        with torch.autocast(rows.device.type, enabled=False):
-            return queries.float() @ self.keys.float().transpose(2, 3) * queries.shape[-1] ** -0.5
+        return attention_products(queries, self.keys) * queries.shape[-1] ** -0.5
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+def attention_products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`q k^T` of (batch_size, heads, n, head_dim) and (..., L, head_dim); in float32 under autocast too."""
+    if queries.is_meta:
+        # There is no autocast for it.
+        return queries.float() @ keys.float().transpose(2, 3)
+    with torch.autocast(queries.device.type, enabled=False):
+        return queries.float() @ keys.float().transpose(2, 3)
 
 
 def _rotate(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -370,11 +378,26 @@ def read_source(model_or_path) -> FrozenSource:
     if isinstance(model_or_path, PreTrainedModel):
         encoder = _encoder_of(model_or_path)
         return FrozenSource(encoder.config, encoder.state_dict())
-    config = AutoConfig.from_pretrained(model_or_path)
-    _layout(getattr(config, "vision_config", config))
-    model_class = CLIPVisionModel if config.model_type in ("clip", "clip_vision_model") else AutoModel
+    config, *normalization = read_description(model_or_path)
+    # AutoModel of a CLIP checkpoint would have its text tower too.
+    model_class = CLIPVisionModel if config.model_type == "clip_vision_model" else AutoModel
     encoder = model_class.from_pretrained(model_or_path, dtype=torch.float32)
-    return FrozenSource(encoder.config, encoder.state_dict(), *_normalization(model_or_path))
+    return FrozenSource(encoder.config, encoder.state_dict(), *normalization)
+
+
+def read_description(path: str) -> tuple[PreTrainedConfig, list[float] | None, list[float] | None]:
+    """
+    What is known of a trained network without its weights: config of the encoder, mean and standard deviation of its
+    pixels, None where it does not say.
+
+    Raises:
+        ValueError: If the network cannot give targets, saying why.
+        OSError: If there is no such model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    config = getattr(config, "vision_config", config)
+    _layout(config)
+    return config, *_normalization(path)
 
 
 def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:

@@ -383,8 +383,18 @@ class PreTrainingMixin:
         return noise
 
     def load_encoder(self, encoder: "MaskedViTModel") -> None:
-        """Takes the weights of an encoder of the same sizes."""
-        self.encoder.load_state_dict(encoder.state_dict())
+        """Takes the weights of an encoder of the same sizes, of any method."""
+        self.encoder.load_vit_state_dict(encoder.vit_state_dict())
+
+    def take_source(self, source, new_encoder: bool = True) -> None:
+        """
+        Fills the frozen network that the method learns from with a trained one.
+
+        Args:
+            source (`FrozenSource`): As `read_source` gives.
+            new_encoder (`bool`, defaults to True): Whether the encoder is untrained.
+        """
+        raise ValueError(f"{type(self).__name__} learns from no other network.")
 
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
         """Called by the trainer after each optimiser step. `step` counts from 0 to `num_steps - 1`."""
@@ -414,6 +424,10 @@ class PreTrainingMixin:
 
     def watched_features(self, outputs) -> torch.Tensor | None:
         """Of `forward`'s outputs, features of two views (batch_size, 2, dim) that could collapse; None elsewhere."""
+        return None
+
+    def adapter_shares(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> list[float] | None:
+        """Shares of groups of blocks in what the decoder reads, where a method adds them up; None elsewhere."""
         return None
 
     def fill_missing(self, missing: set[str]) -> set[str]:
@@ -450,6 +464,13 @@ class PreTrainingMixin:
 
 class MaskedViTForPreTraining(PreTrainingMixin, MaskedViTPreTrainedModel):
     """The base of the methods' pretraining models."""
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
+        """
+        As `PreTrainedModel.save_pretrained`, under the names that the weights have here. By default it would write a
+        frozen ViT's under those of older versions of transformers, which the Trainer could not resume from.
+        """
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
 class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
