@@ -10,6 +10,7 @@ from ..data.image_processing import build_image_processor
 from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
 from ..evaluation.encoders import FeatureEncoder, load_encoder
 from ..models.vit.configuration_vit import as_pair
+from ..training.command import say
 
 
 @dataclass
@@ -38,6 +39,8 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu")
     encoder = load_encoder(path)
     config = encoder.model.config
     saved = _saved_processor(path)
+    if saved is None:
+        say(f"{path} has no image processor of a fixed size: pictures are resized and normalised as for pretraining.")
     size = args.image_height_width or _fixed_size(saved) or as_pair(config.image_size)
     patch_size = as_pair(config.patch_size)
     if size[0] % patch_size[0] or size[1] % patch_size[1]:
