@@ -350,4 +350,6 @@ class TestSplits:
         assert found[0].labels["a"].tolist() == again[0].labels["a"].tolist() != list(range(8))
         train_labels, test_labels = shared_labels(*found)
         assert list(train_labels) == list(test_labels) == ["b"]
+        hidden = split(10, {"a": np.full(10, -1), "b": np.arange(10) - 1})
+        assert list(shared_labels(train, hidden)[1]) == ["b"]
         assert sorted(test_labels["b"].tolist()) == list(range(10)) and test_labels["b"].dtype == torch.int64

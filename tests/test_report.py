@@ -167,7 +167,7 @@ def test_pictures_without_labels(models, tmp_path):
 
 
 def test_two_processes_write_one_report(folder, models, tmp_path):
-    given = [f"--model_names_or_paths={models / 'encoder'}", "--references=false"]
+    given = [f"--model_name_or_path={models / 'encoder'}", "--references=false"]
     assert main(flags(folder, tmp_path / "one", *given)) == 0
     result = run(torchrun(SCRIPT, *flags(folder, tmp_path / "two", *given)))
     assert result.returncode == 0, result.stderr

@@ -88,8 +88,8 @@ class FeatureEncoder:
         rows, columns = self.grid(pixel_values)
         if "interpolate_pos_encoding" in self._parameters:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[2:]) != as_pair(config.image_size)
-        if "noise" in self._parameters:
-            # ViTMAE puts the patches in the noise's order even where it hides none.
+        if "noise" in self._parameters and getattr(config, "mask_ratio", None) == 0.0:
+            # A stock ViTMAE puts the patches in the noise's order even where it hides none.
             noise = torch.arange(rows * columns, dtype=torch.float32, device=pixel_values.device)
             kwargs["noise"] = noise.expand(len(pixel_values), -1)
         outputs = self.model(pixel_values, return_dict=True, **kwargs)
