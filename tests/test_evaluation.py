@@ -85,6 +85,11 @@ def test_results_as_table_and_card(tmp_path):
     results = evaluate_features(train, train, labels, labels)
     assert results["features"]["trained, mean"]["linear"]["count"] == 100.0
     assert results["features"]["raw pixels"]["rank_me"] is None
+    # Pictures without a label do not count, whatever their features.
+    some = {"count": torch.cat([labels["count"], torch.full((5,), -1)])}
+    more = {name: {key: torch.cat([v, 99.0 * v[:5]]) for key, v in f.items()} for name, f in train.items()}
+    scores = evaluate_features(more, more, some, some)["features"]
+    assert [scores[name]["knn"] for name in scores] == [results["features"][name]["knn"] for name in scores]
     assert describe_results(results).startswith("k-NN / linear accuracy in % (40 labelled pictures, tested on 40")
     assert describe_results(evaluate_features(train, train, {}, {})).startswith("The data has no labels")
     table = results_table(results)

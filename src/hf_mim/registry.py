@@ -98,7 +98,12 @@ def register_auto_classes() -> None:
                 continue
             mapping = getattr(transformers, auto_class)._model_mapping
             mapping.register(config_class, _lazy_class(model_type, suffix), exist_ok=True)
-    # Importing AutoImageProcessor costs more than all the rest: our processor is registered when somebody else does.
+    register_image_processor()
+
+
+def register_image_processor() -> None:
+    """Makes AutoImageProcessor know our image processor, now or when somebody imports it."""
+    # Importing AutoImageProcessor costs more than all the rest.
     if _IMAGE_PROCESSING_AUTO in sys.modules:
         _register_image_processor(sys.modules[_IMAGE_PROCESSING_AUTO])
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
@@ -106,6 +111,10 @@ def register_auto_classes() -> None:
 
 
 def _register_image_processor(module) -> None:
+    ours = sys.modules.get("hf_mim.data.image_processing")
+    if ours is not None and not hasattr(ours, "MIMImageProcessor"):
+        # Its own imports came here, before its class was there: it asks again at its end.
+        return
     from .data.image_processing import MIMImageProcessor
 
     for model_type in METHODS | ENCODER:

@@ -43,8 +43,13 @@ def labelled_splits(
 def shared_labels(
     train: PictureDataset, test: PictureDataset
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The labels that both splits have, by name: `torch.LongTensor` of shape `(num_pictures,)`."""
+    """
+    The labels that both splits have, by name: `torch.LongTensor` of shape `(num_pictures,)`, -1 where there is none.
+
+    A label that no picture of a split has (as in published test sets) is left out.
+    """
     names = [name for name in train.labels if name in test.labels]
+    names = [name for name in names if all((split.labels[name] >= 0).any() for split in (train, test))]
     return tuple({name: torch.as_tensor(split.labels[name]) for name in names} for split in (train, test))
 
 

@@ -81,8 +81,8 @@ class OnlineEvaluation:
             by_label = {}
             for label in self.train_labels:
                 split = (
-                    *labelled(train, self.train_labels[label], label),
-                    *labelled(test, self.test_labels[label], label),
+                    *labelled(train, self.train_labels[label]),
+                    *labelled(test, self.test_labels[label]),
                 )
                 by_label[f"{name}_{label}"] = score(*split)
             metrics |= by_label | {name: fmean(by_label.values())}

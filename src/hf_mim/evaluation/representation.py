@@ -1,5 +1,6 @@
 """Pictures that show what a representation holds: t-SNE, attention, patch features as colours, scores."""
 
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -128,32 +129,31 @@ def draw_scores(results: dict, models: list[str], path: str | Path) -> None:
     plt = _pyplot()
     labels = list(next(iter(results["features"].values()))["knn"])
     names = list(results["features"])
+    kinds = {"knn": "k-NN", "linear": "linear probe"}
+    columns = len(labels) if len(labels) > 1 else 2
     figure, panels = plt.subplots(
-        2,
-        len(labels),
-        figsize=(1.2 + 2.6 * len(labels), 1.4 + 0.5 * len(names)),
+        2 * len(labels) // columns,
+        columns,
+        figsize=(1.2 + 2.6 * columns, (0.7 + 0.25 * len(names)) * (2 * len(labels) // columns)),
         squeeze=False,
         sharey=True,
-        sharex="col",
         layout="constrained",
     )
     hues = plt.get_cmap("tab10").colors
     # In tables features are called "MODEL, POOLING".
     owner = [next((i for i, model in enumerate(models) if name.startswith(f"{model}, ")), None) for name in names]
     colours = ["0.75" if number is None else hues[number % 10] for number in owner]
-    for row, (kind, title) in enumerate((("knn", "k-NN"), ("linear", "linear probe"))):
-        for panel, label in zip(panels[row], labels, strict=True):
-            values = [results["features"][name][kind][label] for name in names]
-            bars = panel.barh(names, values, color=colours)
-            panel.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-            panel.set_xlim(
-                0, 1.22 * max(1.0, *(results["features"][n][k][label] for n in names for k in ("knn", "linear")))
-            )
-            panel.set_title(f"{label}, {title}", fontsize=10)
-            panel.tick_params(labelsize=8)
-            panel.spines[["top", "right"]].set_visible(False)
-            if row:
-                panel.set_xlabel("accuracy in %", fontsize=9)
+    for panel, (kind, label) in zip(panels.flat, product(kinds, labels), strict=True):
+        bars = panel.barh(names, [results["features"][name][kind][label] for name in names], color=colours)
+        panel.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+        # One scale for both kinds of a label.
+        highest = max(scores[other][label] for scores in results["features"].values() for other in kinds)
+        panel.set_xlim(0, 1.22 * max(1.0, highest))
+        panel.set_title(f"{label}, {kinds[kind]}", fontsize=10)
+        panel.tick_params(labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[-1]:
+        panel.set_xlabel("accuracy in %", fontsize=9)
     panels[0, 0].invert_yaxis()
     figure.savefig(path, dpi=120)
     plt.close(figure)

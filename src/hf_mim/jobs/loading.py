@@ -8,8 +8,10 @@ from transformers import AutoImageProcessor
 from ..data.arguments import DataArguments
 from ..data.image_processing import build_image_processor
 from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
+from ..data.pictures import BrokenPictureError
 from ..evaluation.encoders import FeatureEncoder, load_encoder
 from ..models.vit.configuration_vit import as_pair
+from ..training.command import say
 
 
 @dataclass
@@ -38,6 +40,8 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu")
     encoder = load_encoder(path)
     config = encoder.model.config
     saved = _saved_processor(path)
+    if saved is None:
+        say(f"{path} has no image processor of a fixed size: pictures are resized and normalised as for pretraining.")
     size = args.image_height_width or _fixed_size(saved) or as_pair(config.image_size)
     patch_size = as_pair(config.patch_size)
     if size[0] % patch_size[0] or size[1] % patch_size[1]:
@@ -50,7 +54,12 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu")
     with PartialState().main_process_first():
         pictures = load_pictures(args, seed=seed)
     for split in (pictures.train, pictures.validation):
-        check_pictures(split, skip_broken=args.skip_broken_images)
+        try:
+            check_pictures(split, skip_broken=args.skip_broken_images)
+        except BrokenPictureError:
+            raise
+        except ValueError as error:
+            raise ValueError(f"{path} takes pictures of {config.num_channels} channels. {error}") from error
     if args.skip_broken_images:
         pictures = PictureSplits(without_broken(pictures.train), without_broken(pictures.validation))
     if saved is not None and args.image_mean is None:

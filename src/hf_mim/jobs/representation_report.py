@@ -55,7 +55,11 @@ class ReportArguments(MIMTrainingArguments):
     """
 
     model_names_or_paths: list[str] | None = field(
-        default=None, metadata={"help": "One or several ViTs: hf_mim's, ViT, ViTMAE, DINOv2, DINOv3, CLIP."}
+        default=None,
+        metadata={
+            "aliases": ["--model_name_or_path"],
+            "help": "One or several ViTs: hf_mim's, ViT, ViTMAE, DINOv2, DINOv3, CLIP.",
+        },
     )
     poolings: list[str] = field(
         default_factory=lambda: ["cls", "mean"],
