@@ -107,6 +107,11 @@ class TestAugmentation:
         others = (noise_data()[0, 4], noise_data()[1, 3], noise_data(seed=4)[1, 4])
         assert all(not torch.equal(first["pixel_values"], other["pixel_values"]) for other in others)
         assert all(first["mixing_seed"] != other["mixing_seed"] for other in others)
+        batches = []
+        for _ in range(2):
+            np.random.rand(3)
+            batches.append(MixingCollator(3, mixup=0.8, cutmix=1.0)([noise_data()[0, index] for index in range(4)]))
+        assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[0])
 
     def test_leaves_the_global_generators_alone(self):
         states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
@@ -478,8 +483,8 @@ class TestScript:
 
     def test_best_model_checkpointing_and_bfloat16(self, data, pretrained, tmp_path):
         ViTForImageClassification(ViTConfig(**VIT)).save_pretrained(tmp_path / "vit")
-        flags = ["--load_best_model_at_end", "--metric_for_best_model=accuracy", "--gradient_checkpointing", "--bf16"]
-        flags += ["--eval_strategy=steps", "--save_strategy=steps", "--eval_steps=2", "--save_steps=2"]
+        flags = ["--load_best_model_at_end", "--metric_for_best_model=accuracy", "--gradient_checkpointing"]
+        flags += ["--eval_strategy=steps", "--save_strategy=steps", "--eval_steps=2", "--save_steps=2", "--bf16=true"]
         for source in (pretrained, tmp_path / "vit"):
             out = tmp_path / source.name / "out"
             assert fine_tune(data, out, *flags, f"--model_name_or_path={source}", "--save_total_limit=9") == 0
