@@ -364,6 +364,14 @@ def test_chunks_give_the_step_of_the_whole_batch(fields):
         assert_same_step(gradients(model, batch, chunk_size=chunk_size), whole)
 
 
+def test_chunks_of_checkpointed_blocks():
+    model = pretraining_model(temperature=0.2)
+    batch = tiny_batch(model.config, batch_size=6)
+    whole = gradients(model, batch)
+    model.activation_checkpointing_enable()
+    assert_same_step(gradients(model, batch, chunk_size=2), whole)
+
+
 def test_chunks_draw_the_masks_of_the_whole_batch():
     model = pretraining_model(temperature=0.2)
     batch = {"pixel_values": tiny_batch(model.config, batch_size=6)["pixel_values"]}
