@@ -481,6 +481,18 @@ def test_encoder_adapters_must_be_there_to_be_tuned(pretrained, tmp_path):
     TECForImageClassification.from_pretrained(tmp_path / "encoder", tuning_mode="input_adapter")
 
 
+def test_mode_can_be_set_later(pretrained):
+    _, folder = pretrained
+    model = TECForImageClassification.from_pretrained(folder, num_labels=4)
+    for mode in ("linear", "input_adapter"):
+        assert mode in model.trainable_modes()
+        model.set_trainable(mode)
+        counts = model.trained_parameters()
+        assert {name: number for name, number in counts.items() if number and name != "total"} == TRAINED[mode]
+    with pytest.raises(ValueError, match='without encoder adapters.*tuning_mode="encoder_adapters"'):
+        model.set_trainable("encoder_adapters")
+
+
 def test_tuned_classifiers_as_stock_vits(pretrained):
     _, folder = pretrained
     for mode in ("linear", "input_adapter"):

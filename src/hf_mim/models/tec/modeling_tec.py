@@ -437,6 +437,29 @@ class TECForImageClassification(MaskedViTForImageClassification):
         model.freeze()
         return (model, info) if output_loading_info else model
 
+    def trainable_modes(self) -> tuple[str, ...]:
+        """What can be trained besides all or the head."""
+        return ("linear", "input_adapter", "encoder_adapters")
+
+    def set_trainable(self, mode: str) -> None:
+        """
+        Leaves trainable what a mode says.
+
+        Args:
+            mode (`str`): One of `trainable_modes()`.
+
+        Raises:
+            ValueError: If the encoder adapters are not there: they are loaded by `tuning_mode="encoder_adapters"`.
+        """
+        if mode == "encoder_adapters" and self.encoder_adapter is None:
+            raise ValueError(
+                'The model was built without encoder adapters. Load it by from_pretrained(..., tuning_mode="'
+                'encoder_adapters").'
+            )
+        self.config.tuning_mode = mode
+        self.requires_grad_(True)
+        self.freeze()
+
     def trained_parameters(self) -> dict[str, int]:
         """Number of parameters that are trained: of the classifier, the adapters, the encoder without them; total."""
         parts = {"classifier": 0, "input_adapter": 0, "encoder_adapters": 0, "encoder": 0}
