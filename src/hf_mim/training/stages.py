@@ -25,8 +25,8 @@ def stage_arguments(args: MIMTrainingArguments) -> list[MIMTrainingArguments]:
     """
     The arguments of each stage: with its own folder, length and seed.
 
-    The seeds differ, so that no stage repeats the weights, order, crops or masks that another began with. Stage 0 has
-    the run's own: it equals a run of one stage.
+    The seeds differ, so that no stage repeats the weights, order, crops or masks that another began with (of a stream
+    the order repeats). Stage 0 has the run's own: it equals a run of one stage.
     """
     return [_arguments_of(args, stage) for stage in range(args.num_stages)]
 
