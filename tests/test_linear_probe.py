@@ -103,7 +103,7 @@ class TestHeads:
         predicted = probe.eval()(features)[0].argmax(1)
         expected = 100 * (predicted == labels)[1::2].double().mean().item()
         running = probe.norm.running_mean.clone()
-        assert probe.accuracies(features, missing) == pytest.approx([expected])
+        assert probe.train().accuracies(features, missing) == pytest.approx([expected])
         assert torch.equal(probe.norm.running_mean, running)
         assert all(weight.isfinite().all() for weight in probe.weights)
         assert probe.train().step(features, torch.full_like(labels, -1), 1.0).item() == 0.0
