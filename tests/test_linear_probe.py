@@ -102,7 +102,9 @@ class TestHeads:
         assert loss.item() == pytest.approx(nn.functional.cross_entropy(logits[1::2], labels[1::2]).item(), rel=1e-5)
         predicted = probe.eval()(features)[0].argmax(1)
         expected = 100 * (predicted == labels)[1::2].double().mean().item()
-        assert probe.accuracies(features, missing) == pytest.approx([expected])
+        running = probe.norm.running_mean.clone()
+        assert probe.train().accuracies(features, missing) == pytest.approx([expected])
+        assert torch.equal(probe.norm.running_mean, running)
         assert all(weight.isfinite().all() for weight in probe.weights)
         assert probe.train().step(features, torch.full_like(labels, -1), 1.0).item() == 0.0
 
