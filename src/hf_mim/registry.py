@@ -97,18 +97,23 @@ def register_auto_classes() -> None:
             mapping.register(config_class, _lazy_class(model_type, suffix), exist_ok=True)
     # Importing AutoImageProcessor costs more than all the rest: our processor is registered when somebody else does.
     if _IMAGE_PROCESSING_AUTO in sys.modules:
-        _register_image_processor(sys.modules[_IMAGE_PROCESSING_AUTO])
+        register_image_processor()
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
-def _register_image_processor(module) -> None:
-    from .data.image_processing import MIMImageProcessor
+def register_image_processor() -> None:
+    """Makes AutoImageProcessor know our image processor, if both are imported."""
+    from .data import image_processing
 
+    module = sys.modules.get(_IMAGE_PROCESSING_AUTO)
+    # Its module imports transformers' processors, which may import the registry: it then calls this at its end.
+    if module is None or not hasattr(image_processing, "MIMImageProcessor"):
+        return
     for model_type in METHODS | ENCODER:
         module.AutoImageProcessor.register(
             method_class(model_type, "Config"),
-            image_processor_classes={"torchvision": MIMImageProcessor},
+            image_processor_classes={"torchvision": image_processing.MIMImageProcessor},
             exist_ok=True,
         )
 
@@ -125,7 +130,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module):
             execute(module)
-            _register_image_processor(module)
+            register_image_processor()
 
         spec.loader.exec_module = execute_and_register
         return spec

@@ -12,6 +12,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
+from ..registry import register_image_processor
 from .pictures import read_picture
 
 
@@ -149,3 +150,6 @@ def evaluation_transform(processor, num_channels: int) -> Callable[..., torch.Te
         return batch["pixel_values"][0]
 
     return transform
+
+
+register_image_processor()
