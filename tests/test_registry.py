@@ -68,13 +68,15 @@ def test_stand_ins_pass_for_the_classes(model_type):
 
 
 @pytest.mark.parametrize("model_type", METHODS)
-@pytest.mark.parametrize("first", ["hf_mim", "transformers", "hf_mim.data.image_processing"])
-def test_image_processor_in_any_order(model_type, first, tmp_path):
+@pytest.mark.parametrize("first", ["hf_mim", "transformers", "our processor"])
+def test_image_processor_in_all_orders(model_type, first, tmp_path):
     tiny_model(model_type, "Model", num_channels=5).save_pretrained(tmp_path)
     build_image_processor((32, 48), 5, [0.5] * 5, [0.5] * 5).save_pretrained(tmp_path)
-    imports = [f"import {first}", "from transformers import AutoImageProcessor"]
+    imports = ["import hf_mim", "from transformers import AutoImageProcessor"]
     if first == "transformers":
-        imports = [imports[1], "import hf_mim"]
+        imports.reverse()
+    elif first == "our processor":  # whose own imports bring transformers' registry in
+        imports.insert(0, "import hf_mim.data.image_processing")
     printed = run_python(
         "\n".join(imports)
         + f"\nprocessor = AutoImageProcessor.from_pretrained({str(tmp_path)!r})"

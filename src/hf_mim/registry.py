@@ -95,25 +95,29 @@ def register_auto_classes() -> None:
                 continue
             mapping = getattr(transformers, auto_class)._model_mapping
             mapping.register(config_class, _lazy_class(model_type, suffix), exist_ok=True)
-    # Importing AutoImageProcessor costs more than all the rest: our processor is registered when somebody else does.
+    register_image_processor()
+
+
+def register_image_processor() -> None:
+    """Makes AutoImageProcessor know our image processor, now or when somebody imports it."""
+    # Importing AutoImageProcessor costs more than all the rest.
     if _IMAGE_PROCESSING_AUTO in sys.modules:
-        register_image_processor()
+        _register_image_processor(sys.modules[_IMAGE_PROCESSING_AUTO])
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
-def register_image_processor() -> None:
-    """Makes AutoImageProcessor know our image processor, if both are imported."""
-    from .data import image_processing
-
-    module = sys.modules.get(_IMAGE_PROCESSING_AUTO)
-    # Its module imports transformers' processors, which may import the registry: it then calls this at its end.
-    if module is None or not hasattr(image_processing, "MIMImageProcessor"):
+def _register_image_processor(module) -> None:
+    ours = sys.modules.get("hf_mim.data.image_processing")
+    if ours is not None and not hasattr(ours, "MIMImageProcessor"):
+        # Its own imports came here, before its class was there: it asks again at its end.
         return
+    from .data.image_processing import MIMImageProcessor
+
     for model_type in METHODS | ENCODER:
         module.AutoImageProcessor.register(
             method_class(model_type, "Config"),
-            image_processor_classes={"torchvision": image_processing.MIMImageProcessor},
+            image_processor_classes={"torchvision": MIMImageProcessor},
             exist_ok=True,
         )
 
@@ -130,7 +134,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module):
             execute(module)
-            register_image_processor()
+            _register_image_processor(module)
 
         spec.loader.exec_module = execute_and_register
         return spec

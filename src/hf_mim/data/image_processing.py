@@ -152,4 +152,5 @@ def evaluation_transform(processor, num_channels: int) -> Callable[..., torch.Te
     return transform
 
 
+# The imports above may have brought transformers' registry in, while the class was not there yet.
 register_image_processor()
