@@ -145,6 +145,9 @@ def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, in
         config.pooling = args.pooling or (config.pooling if trained else "mean")
     elif args.pooling is not None and (config.model_type, args.pooling) != ("vit", "cls"):
         raise ValueError(f"--pooling {args.pooling}: a {config.model_type} has a way of its own. Leave it out.")
+    if hasattr(config, "tuning_mode"):
+        # Decides which parts the classifier is built with.
+        config.tuning_mode = {"all": "full", "head": "linear"}.get(args.trainable, args.trainable)
     if hasattr(config, "drop_path_rate"):
         config.drop_path_rate = args.drop_path_rate
     elif args.drop_path_rate:
