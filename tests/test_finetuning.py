@@ -697,3 +697,43 @@ def test_recipes_can_be_read(path, tmp_path):
     assert model.preset == "base" and args.warmup_epochs in (5, 20) and args.mixup == 0.8
     if model.model_type in METHODS:
         assert finetuning.build_classifier_config(model, (224, 224), 3).drop_path_rate == 0.1
+
+
+class TestModesOfTEC:
+    @pytest.fixture(scope="class")
+    def tec(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("tec")
+        sizes = {name: getattr(tiny_config(), name) for name in ("image_size", "patch_size", "hidden_size")}
+        heads = {"num_hidden_layers": 2, "num_attention_heads": 2, "decoder_num_attention_heads": 2}
+        config = hf_mim.TECConfig(**sizes, **heads, decoder_hidden_size=16, adapter_group_size=1)
+        torch.manual_seed(5)
+        scrambled(hf_mim.TECForPreTraining(config)).save_pretrained(folder)
+        return folder
+
+    @pytest.mark.parametrize(
+        ("mode", "trained"),
+        [
+            ("linear", ("classifier.",)),
+            ("input_adapter", ("classifier.", "encoder.embeddings.cls_adapter.")),
+            ("encoder_adapters", ("classifier.", "encoder.embeddings.cls_adapter.", "encoder_adapter.")),
+        ],
+    )
+    def test_what_is_trained(self, data, tec, tmp_path, capsys, mode, trained):
+        assert fine_tune(data, tmp_path, f"--model_name_or_path={tec}", f"--trainable={mode}") == 0
+        model = hf_mim.TECForImageClassification.from_pretrained(tmp_path)
+        assert f"trains {model.trained_parameters()['total']:,} of" in capsys.readouterr().out
+        assert model.config.tuning_mode == mode
+        before, after = load_file(tec / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+        for name, value in after.items():
+            if name.startswith(trained):
+                assert name.startswith("classifier.") or not torch.equal(value, before[name]), name
+            else:
+                assert torch.equal(value, before[name]), name
+
+    def test_unknown_mode_and_lost_adapters(self, data, tec, tmp_path, capsys):
+        assert fine_tune(data, tmp_path, f"--model_name_or_path={tec}", "--trainable=adapters") == 1
+        assert "input_adapter" in capsys.readouterr().err
+        hf_mim.TECModel.from_pretrained(tec).save_pretrained(tmp_path / "encoder")
+        flags = [f"--model_name_or_path={tmp_path / 'encoder'}", "--trainable=encoder_adapters"]
+        assert fine_tune(data, tmp_path / "out", *flags) == 1
+        assert "no encoder adapters to tune" in capsys.readouterr().err

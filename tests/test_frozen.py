@@ -134,10 +134,6 @@ def test_attention_logits_are_scaled_products(kind):
 def test_saved_and_read_by_path(kind, tmp_path):
     model = own_model(kind)
     model.save_pretrained(tmp_path)
-    if kind == "plain":
-        with pytest.raises(ValueError, match="model_type"):
-            read_source(tmp_path)
-        return
     processor = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
     source = read_source(str(tmp_path))

@@ -65,7 +65,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         )
     encoder = model.base_model
     vit_config = ViTConfig(**{name: getattr(config, name) for name in _SHARED_FIELDS}, pooler_act="linear")
-    weights = encoder.vit_state_dict()
+    weights = encoder.vit_state_dict() if isinstance(encoder, MaskedViTModel) else dict(encoder.state_dict())
     if classifier:
         vit_config.update({"id2label": config.id2label, "label2id": config.label2id})
         exported = ViTForImageClassification(vit_config)

@@ -40,6 +40,9 @@ class FineTuningTrainer(MIMTrainer):
         self.classes: torch.Tensor | None = None
         self.average: dict[str, torch.Tensor] = {}
 
+    def _watch_features(self, outputs) -> None:
+        """Labels keep a classifier's features apart: nothing is watched."""
+
     def forward_loss(self, model, inputs, num_items_in_batch):
         # Not the model's own loss: transformers' takes soft labels for those of a multi-label problem, with a loss for
         # that, and writes it into the config.

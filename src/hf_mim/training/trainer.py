@@ -114,7 +114,9 @@ class MIMTrainer(Trainer):
         else:
             drop_last = self.args.dataloader_drop_last
             # Of held-out pictures none is left out, unless a smaller last batch would make another loss of it.
-            whole_batches = self.model.pairwise_loss and len(dataset) >= batch_size * self.args.world_size
+            # Classifiers, and transformers' own, say nothing of it.
+            pairwise = getattr(self.model, "pairwise_loss", False)
+            whole_batches = pairwise and len(dataset) >= batch_size * self.args.world_size
             self.args.dataloader_drop_last = drop_last if is_training else whole_batches
             try:
                 loader = super()._get_dataloader(

@@ -106,9 +106,7 @@ class ViTMAEForPreTraining(PreTrainingMixin, stock.ViTMAEForPreTraining, ViTMAEP
 
     @torch.no_grad()
     def load_encoder(self, encoder: MaskedViTModel) -> None:
-        self.vit.load_state_dict(
-            encoder.state_dict() | {"embeddings.position_embeddings": encoder.embeddings.position_embeddings}
-        )
+        self.vit.load_state_dict(encoder.vit_state_dict())
 
     @can_return_tuple
     def forward(
