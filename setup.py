@@ -46,7 +46,6 @@ setup(
         "safetensors>=0.8",
         "huggingface-hub>=2.4",
         "matplotlib>=3.11",
-        "timm>=1.0.31",
         "pillow>=12.3",
         "pyyaml>=6.0.3",
     ],

@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).resolve().parents[1] / "examples" / "run_mim.py"
 RUNNER = """
 import sys, time
 from transformers import TrainerCallback
-from hf_mim.training import pretraining
+from hf_mim.jobs import pretraining
 class Clock(TrainerCallback):
     times = []
     def on_step_end(self, args, state, control, **kwargs):

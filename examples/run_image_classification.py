@@ -11,7 +11,7 @@ Fine-tune a pretrained Vision Transformer as a classifier.
 
 import sys
 
-from hf_mim.training.finetuning import main
+from hf_mim.jobs.finetuning import main
 
 if __name__ == "__main__":
     sys.exit(main())

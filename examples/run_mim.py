@@ -10,7 +10,7 @@ Pretrain a Vision Transformer by masked image modelling.
 
 import sys
 
-from hf_mim.training.pretraining import main
+from hf_mim.jobs.pretraining import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hf_mim.jobs.pretraining import main
 from hf_mim.training.checkpoints import checkpoint_to_resume, checkpoints_in, find_damage
-from hf_mim.training.pretraining import main
 from tiny_training import FLAGS, tiny_config, tiny_trainer, write_pictures
 
 

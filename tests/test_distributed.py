@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process(folder, tmp_path_factory):
     """The run that all others are compared with: one process, batches of 4."""
-    from hf_mim.training.pretraining import main
+    from hf_mim.jobs.pretraining import main
 
     out = tmp_path_factory.mktemp("one")
     assert main([*FLAGS, *EPOCHS, f"--train_dir={folder}", f"--output_dir={out}"]) == 0
@@ -60,7 +60,7 @@ def assert_same_run(out, other) -> None:
 
 
 def test_accumulation_equals_one_batch(folder, one_process, tmp_path):
-    from hf_mim.training.pretraining import main
+    from hf_mim.jobs.pretraining import main
 
     flags = ["--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"]
     assert main([*FLAGS, *EPOCHS, *flags, f"--train_dir={folder}", f"--output_dir={tmp_path}"]) == 0
@@ -86,7 +86,7 @@ def test_resuming_in_the_middle_of_an_epoch(folder, one_process, tmp_path):
     code = """
 import sys
 from transformers import TrainerCallback
-from hf_mim.training import pretraining
+from hf_mim.jobs import pretraining
 
 class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):

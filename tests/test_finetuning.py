@@ -19,10 +19,10 @@ from hf_mim.data.arguments import DataArguments
 from hf_mim.data.finetuning import FineTuningTransform, LabelledDataset, MixingCollator
 from hf_mim.data.sources import PictureDataset
 from hf_mim.evaluation.robustness import match_classes
+from hf_mim.jobs import finetuning
+from hf_mim.jobs.finetuning import FineTuningArguments, choose_label, main
 from hf_mim.registry import METHODS
-from hf_mim.training import finetuning
 from hf_mim.training.command import ClassifierArguments, parse_arguments
-from hf_mim.training.finetuning import FineTuningArguments, choose_label, main
 from hf_mim.training.finetuning_trainer import FineTuningTrainer
 from hf_mim.training.layer_decay import layer_decay_groups, parameter_depth
 from hf_mim.training.presets import FINE_TUNING_PRESETS

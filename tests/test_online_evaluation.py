@@ -14,7 +14,7 @@ from hf_mim.data.sources import PictureDataset, PictureStream
 from hf_mim.evaluation.knn import knn_accuracy
 from hf_mim.evaluation.linear import linear_probe_accuracy
 from hf_mim.evaluation.online import OnlineEvaluation
-from hf_mim.training.pretraining import main
+from hf_mim.jobs.pretraining import main
 from test_distributed import torchrun
 from tiny_training import FLAGS, RUN_MIM, pictures, run, tiny_config, write_pictures
 

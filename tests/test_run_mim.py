@@ -15,8 +15,8 @@ from transformers import AutoModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTrainin
 
 import hf_mim
 from hf_mim.hub.vit import encoder_from_vit
+from hf_mim.jobs.pretraining import main
 from hf_mim.models.vit.position import sincos_position_table
-from hf_mim.training.pretraining import main
 from hf_mim.training.trainer import MIMTrainer
 from tiny_training import FLAGS, REPOSITORY, RUN_MIM, environment, losses, run, tiny_config, write_pictures
 
@@ -50,7 +50,7 @@ class TestProcess:
         script = tmp_path / "broken.py"
         script.write_text(
             "import sys, torch\n"
-            "from hf_mim.training import pretraining\n"
+            "from hf_mim.jobs import pretraining\n"
             "pretraining.build_model = lambda *args: torch.zeros(2) + torch.zeros(3)\n"
             "sys.exit(pretraining.main())\n"
         )

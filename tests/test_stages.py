@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
 from hf_mim import PiLaMIMForPreTraining
 from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.transforms import PretrainingTransform
-from hf_mim.training import pretraining
+from hf_mim.jobs import pretraining
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.stages import set_later_stages_aside, stage_arguments, stage_seed
 from hf_mim.training.trainer import MIMTrainer
@@ -494,7 +494,7 @@ import os, sys
 from pathlib import Path
 import torch
 from hf_mim.data.arguments import DataArguments
-from hf_mim.training import pretraining
+from hf_mim.jobs import pretraining
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.command import ModelArguments, parse_arguments
 from hf_mim.training.trainer import MIMTrainer
@@ -550,7 +550,7 @@ os._exit(0)  # as in test_stream_is_shared_out
         script = tmp_path / "killed.py"
         script.write_text("""
 import os, sys
-from hf_mim.training import pretraining
+from hf_mim.jobs import pretraining
 from hf_mim.training.trainer import MIMTrainer
 
 step_of = MIMTrainer.training_step

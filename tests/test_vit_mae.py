@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModel, ViTModel
 import hf_mim
 from hf_mim.evaluation.encoders import load_encoder, untrained_encoder
 from hf_mim.hub.vit import encoder_from_vit
+from hf_mim.jobs.pretraining import main
 from hf_mim.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from hf_mim.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, ViTMAEModel
 from hf_mim.registry import method_class, method_module
-from hf_mim.training.pretraining import main
 from hf_mim.training.trainer import MIMTrainer
 from tiny import scrambled, slow_position_table
 from tiny_training import FLAGS, RUN_MIM, SIZES, losses, run, tiny_config, write_pictures

@@ -22,7 +22,7 @@ from ..evaluation.features import extract_features, shared_labels
 from ..evaluation.linear_probe import LinearProbe, train_probes
 from ..evaluation.online import check_labelled
 from ..evaluation.report import text_table
-from ..training.arguments import MIMTrainingArguments
+from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
 from .loading import Subject, load_subject
@@ -52,7 +52,7 @@ PRESETS = {
 
 
 @dataclass
-class ProbeArguments(MIMTrainingArguments):
+class ProbeArguments(ViTTrainingArguments):
     """
     What is probed, and how. Of transformers' `TrainingArguments` those of devices, precision, seed and data loading
     count, and the ones named here; optimiser (LARS) and schedule (cosine) are the protocol's.

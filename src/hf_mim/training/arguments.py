@@ -1,4 +1,4 @@
-"""Training arguments whose defaults fit masked image modelling."""
+"""Training arguments whose defaults fit Vision Transformers and masked image modelling."""
 
 import os
 from dataclasses import dataclass, field
@@ -9,16 +9,13 @@ from transformers.trainer_utils import SchedulerType
 
 
 @dataclass
-class MIMTrainingArguments(TrainingArguments):
+class ViTTrainingArguments(TrainingArguments):
     """
     transformers' `TrainingArguments` with MAE's recipe as defaults, a learning rate that scales with the effective
-    batch, and warm-up in epochs.
-
-    With several stages (`num_stages`) every other argument describes one stage: its length, its warm-up, its schedule.
+    batch, and warm-up in epochs: what pretraining, fine-tuning and probing share.
 
     Raises:
-        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate, if `contrastive_chunk_size` does
-            not divide the per-device batch, or if the stages do not fit.
+        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate.
     """
 
     base_learning_rate: float = field(
@@ -49,49 +46,11 @@ class MIMTrainingArguments(TrainingArguments):
         default=None,
         metadata={"help": "Train in bfloat16 autocast. Default: where the hardware multiplies matrices in it."},
     )
-    eval_knn: bool = field(
-        default=False,
-        metadata={"help": "At each evaluation, log k-NN accuracy for every label (eval_knn_accuracy_LABEL)."},
-    )
-    online_probe: bool = field(
-        default=False,
-        metadata={
-            "help": "At each evaluation, log linear accuracy for every label (eval_linear_accuracy_LABEL): a logistic "
-            "regression fitted anew on the features of that moment, without gradient into the encoder."
-        },
-    )
-    num_stages: int | None = field(
-        default=None,
-        metadata={
-            "help": "Stages of a method that has them (dBOT): each trains a new network that learns from the stage "
-            "before. Every other flag describes one stage: num_train_epochs or max_steps is the length of each. "
-            "Default: 1, or as many as stage_epochs or stage_steps has numbers."
-        },
-    )
-    stage_epochs: list[float] | None = field(
-        default=None, metadata={"help": "Epochs of each stage, where they differ; in the place of num_train_epochs."}
-    )
-    stage_steps: list[int] | None = field(
-        default=None, metadata={"help": "Optimiser steps of each stage, where they differ; in the place of max_steps."}
-    )
-    keep_optimizer_state: bool = field(
-        default=False,
-        metadata={"help": "Carry the optimiser's moments from stage to stage, as dBOT's release does."},
-    )
     cpu_threads: int | None = field(
         default=None,
         metadata={
             "help": "Threads of each process on a CPU. Default: under accelerate launch and torchrun, which set 1, "
             "the cores divided by the processes; else as torch has it."
-        },
-    )
-    contrastive_chunk_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "For methods whose loss compares all pictures of a batch (ocl): encode so many at a time, which "
-            "divides the per-device batch. Memory is then that of a chunk, loss and gradients are those of the whole "
-            "batch, and a step takes about a third longer. (Micro-batches of --gradient_accumulation_steps, on the "
-            "other hand, never meet: each has its own negatives.)"
         },
     )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps (below 1: share of all)."})
@@ -115,14 +74,6 @@ class MIMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        chunk, batch = self.contrastive_chunk_size, self.per_device_train_batch_size
-        if chunk is not None and (chunk < 1 or batch % chunk):
-            raise ValueError(
-                f"contrastive_chunk_size is {chunk}, which does not divide per_device_train_batch_size, {batch}. "
-                f"Choose a divisor, for example "
-                f"{max(divisor for divisor in range(1, max(1, min(chunk, batch)) + 1) if batch % divisor == 0)}."
-            )
-        self._check_stages()
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -138,9 +89,6 @@ class MIMTrainingArguments(TrainingArguments):
         threads = self.cpu_threads or default_cpu_threads()
         if self.use_cpu and threads is not None:
             torch.set_num_threads(threads)
-        # Never asked of a pretraining model; gathering them would fill the memory.
-        self.prediction_loss_only = True
-        self.label_names = []
         if self.learning_rate is None:
             if self.auto_find_batch_size:
                 raise ValueError(
@@ -148,6 +96,76 @@ class MIMTrainingArguments(TrainingArguments):
                     "or choose per_device_train_batch_size yourself."
                 )
             self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
+
+    @property
+    def effective_batch_size(self) -> int:
+        """Pictures per optimiser step: per-device batch x devices x accumulation."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+@dataclass
+class MIMTrainingArguments(ViTTrainingArguments):
+    """
+    The arguments of pretraining.
+
+    With several stages (`num_stages`) every other argument describes one stage: its length, its warm-up, its schedule.
+
+    Raises:
+        ValueError: If `contrastive_chunk_size` does not divide the per-device batch, or if the stages do not fit.
+    """
+
+    num_stages: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stages of a method that has them (dBOT): each trains a new network that learns from the stage "
+            "before. Every other flag describes one stage: num_train_epochs or max_steps is the length of each. "
+            "Default: 1, or as many as stage_epochs or stage_steps has numbers."
+        },
+    )
+    stage_epochs: list[float] | None = field(
+        default=None, metadata={"help": "Epochs of each stage, where they differ; in the place of num_train_epochs."}
+    )
+    stage_steps: list[int] | None = field(
+        default=None, metadata={"help": "Optimiser steps of each stage, where they differ; in the place of max_steps."}
+    )
+    keep_optimizer_state: bool = field(
+        default=False,
+        metadata={"help": "Carry the optimiser's moments from stage to stage, as dBOT's release does."},
+    )
+    contrastive_chunk_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "For methods whose loss compares all pictures of a batch (ocl): encode so many at a time, which "
+            "divides the per-device batch. Memory is then that of a chunk, loss and gradients are those of the whole "
+            "batch, and a step takes about a third longer. (Micro-batches of --gradient_accumulation_steps, on the "
+            "other hand, never meet: each has its own negatives.)"
+        },
+    )
+    eval_knn: bool = field(
+        default=False,
+        metadata={"help": "At each evaluation, log k-NN accuracy for every label (eval_knn_accuracy_LABEL)."},
+    )
+    online_probe: bool = field(
+        default=False,
+        metadata={
+            "help": "At each evaluation, log linear accuracy for every label (eval_linear_accuracy_LABEL): a logistic "
+            "regression fitted anew on the features of that moment, without gradient into the encoder."
+        },
+    )
+
+    def __post_init__(self):
+        chunk, batch = self.contrastive_chunk_size, self.per_device_train_batch_size
+        if chunk is not None and (chunk < 1 or batch % chunk):
+            raise ValueError(
+                f"contrastive_chunk_size is {chunk}, which does not divide per_device_train_batch_size, {batch}. "
+                f"Choose a divisor, for example "
+                f"{max(divisor for divisor in range(1, max(1, min(chunk, batch)) + 1) if batch % divisor == 0)}."
+            )
+        self._check_stages()
+        super().__post_init__()
+        # Never asked of a pretraining model; gathering them would fill the memory.
+        self.prediction_loss_only = True
+        self.label_names = []
 
     def _check_stages(self) -> None:
         if self.stage_epochs is not None and self.stage_steps is not None:
@@ -170,11 +188,6 @@ class MIMTrainingArguments(TrainingArguments):
             raise ValueError(f"num_stages is {self.num_stages}; it must be at least 1.")
         if self.keep_optimizer_state and self.num_stages == 1:
             raise ValueError("keep_optimizer_state is for several stages; num_stages is 1. Leave it out.")
-
-    @property
-    def effective_batch_size(self) -> int:
-        """Pictures per optimiser step: per-device batch x devices x accumulation."""
-        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
 
 def default_cpu_threads() -> int | None:

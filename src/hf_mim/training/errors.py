@@ -13,7 +13,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..data.pictures import BrokenPictureError
-from .trainer import NonFiniteLossError
+from .base_trainer import NonFiniteLossError
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 

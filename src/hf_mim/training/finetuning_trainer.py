@@ -10,15 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import EvalPrediction
 
+from .base_trainer import ViTTrainer
 from .layer_decay import layer_decay_groups
-from .trainer import MIMTrainer
 
 _AVERAGE = "average.safetensors"
 
 
-class FineTuningTrainer(MIMTrainer):
+class FineTuningTrainer(ViTTrainer):
     """
-    [`MIMTrainer`] (exact resuming, losses that are not finite, matrices decayed) for classifiers: cross-entropy with
+    [`ViTTrainer`] (exact resuming, losses that are not finite, matrices decayed) for classifiers: cross-entropy with
     soft labels for whatever model has logits, learning rates that fall with depth, accuracy, and averaged weights.
 
     Args:
@@ -39,9 +39,6 @@ class FineTuningTrainer(MIMTrainer):
         self.label_smoother = None
         self.classes: torch.Tensor | None = None
         self.average: dict[str, torch.Tensor] = {}
-
-    def _watch_features(self, outputs) -> None:
-        """Labels keep a classifier's features apart: nothing is watched."""
 
     def forward_loss(self, model, inputs, num_items_in_batch):
         # Not the model's own loss: transformers' takes soft labels for those of a multi-label problem, with a loss for

@@ -63,7 +63,7 @@ _METHOD_TRAINING = {
         # Pictures are told from the others of their batch, held-out ones too.
         "per_device_train_batch_size": 256,
         "per_device_eval_batch_size": 256,
-        "base_learning_rate": 1.5e-3,
+        "base_learning_rate": 2e-3,
     },
 }
 

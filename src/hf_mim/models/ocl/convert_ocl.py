@@ -8,7 +8,7 @@ from ..vit.convert_vit import State, convert_layers, copy_affine, count_layers
 from ..vit.position import sincos_position_table
 
 
-def original_config(state: State) -> dict:
+def original_config(state: State, teacher: State | None = None) -> dict:
     """
     The fields of `OCLConfig` that the release's weights tell, and those that the release fixes.
 

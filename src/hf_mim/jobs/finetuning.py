@@ -17,21 +17,21 @@ from ..evaluation.pictures import draw_loss_curves
 from ..evaluation.robustness import match_classes
 from ..hub.cards import write_classifier_card
 from ..models.vit.configuration_vit import as_pair
-from .arguments import MIMTrainingArguments
-from .building import build_classifier, build_classifier_config
-from .callbacks import SaveOnInterrupt
-from .checkpoints import checkpoint_to_resume
-from .command import ClassifierArguments, parse_arguments, say
-from .errors import run_job
-from .finetuning_trainer import FineTuningTrainer
-from .presets import FINE_TUNING_PRESETS
-from .trainable import add_lora, describe_trainable, set_trainable
+from ..training.arguments import ViTTrainingArguments
+from ..training.building import build_classifier, build_classifier_config
+from ..training.callbacks import SaveOnInterrupt
+from ..training.checkpoints import checkpoint_to_resume
+from ..training.command import ClassifierArguments, parse_arguments, say
+from ..training.errors import run_job
+from ..training.finetuning_trainer import FineTuningTrainer
+from ..training.presets import FINE_TUNING_PRESETS
+from ..training.trainable import add_lora, describe_trainable, set_trainable
 
 
 @dataclass
-class FineTuningArguments(MIMTrainingArguments):
+class FineTuningArguments(ViTTrainingArguments):
     """
-    [`MIMTrainingArguments`] with the defaults of fine-tuning ViT-B (MAE's), and its augmentation.
+    [`ViTTrainingArguments`] with the defaults of fine-tuning ViT-B (MAE's), and its augmentation.
 
     Raises:
         ValueError: If a number is out of its range, or mixing meets batches that cannot be paired.

@@ -22,12 +22,12 @@ from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features,
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, MODEL_TYPES, method_class
-from .arguments import MIMTrainingArguments
-from .building import build_config, build_model, describe_frozen, load_pretraining_model
-from .callbacks import LogReconstructions, SaveOnInterrupt
-from .command import ModelArguments, parse_arguments, say
-from .errors import run_job
-from .stages import (
+from ..training.arguments import MIMTrainingArguments
+from ..training.building import build_config, build_model, describe_frozen, load_pretraining_model
+from ..training.callbacks import LogReconstructions, SaveOnInterrupt
+from ..training.command import ModelArguments, parse_arguments, say
+from ..training.errors import run_job
+from ..training.stages import (
     mark_finished,
     optimizer_state_of,
     run_history,
@@ -35,7 +35,7 @@ from .stages import (
     stage_arguments,
     where_to_start,
 )
-from .trainer import MIMTrainer
+from ..training.trainer import MIMTrainer
 
 _NUM_SHOWN = 8
 
