@@ -38,12 +38,18 @@ METHODS = {
     "PiLaMIM": ["--model_type=pilamim"],
     "PiLaMIM without [CLS] loss": ["--model_type=pilamim", "--config_overrides=use_cls_loss=false"],
     "OCL": ["--model_type=ocl"],
-    "TEC (base: MAE)": ["--model_type=tec", "--base_model_name_or_path={runs}/MAE"],
     "dBOT (2 stages)": ["--model_type=dbot", "--num_stages=2"],
+    "TEC (base: MAE)": ["--model_type=tec", "--base_model_name_or_path={runs}/MAE"],
+    # What TEC has to beat: the base, trained on for as long.
+    "MAE, twice as long": ["--model_type=vit_mae", "--model_name_or_path={runs}/MAE"],
+    "dBOT (2 stages, first teacher PiLaMIM)": [
+        "--model_type=dbot",
+        "--num_stages=2",
+        "--teacher_model_name_or_path={runs}/PiLaMIM",
+    ],
 }
 # Pictures per step, where not `--batch_size`: contrast lives on the number of negatives.
 BATCH_SIZE = {"OCL": 256}
-NEEDS = {"TEC (base: MAE)": "MAE"}
 # Labels by data set.
 LABEL = {"scenes": ["count", "distance", "shape", "color"], "fashion_mnist": ["label"]}
 
@@ -76,11 +82,14 @@ def pretrain(data: str, method: str, seed: int, args) -> None:
     runs = args.runs / data / str(seed)
     if path.is_file():
         return
+    if not (runs / "MAE").is_dir() and any("{runs}" in flag for flag in METHODS[method]):
+        raise RuntimeError(f"{method} starts from another cell's network, which is not in {runs}: delete its JSON.")
     flags = data_flags(data, args) + [flag.format(runs=runs) for flag in METHODS[method]]
     batch = BATCH_SIZE.get(method, args.batch_size)
     flags += [f"--per_device_train_batch_size={batch}", f"--seed={seed}"]
-    # Stages share the pictures among them.
-    flags += [f"--max_steps={args.pictures // batch}"]
+    # Stages share the pictures among them; --max_steps is the length of one.
+    stages = 2 if "--num_stages=2" in flags else 1
+    flags += [f"--max_steps={args.pictures // batch // stages}"]
     folder = runs / slug(method)
     shutil.rmtree(folder, ignore_errors=True)
     seconds = run("run_mim.py", [*flags, f"--output_dir={folder}"], args)
@@ -108,7 +117,7 @@ def finetune(data: str, method: str, seed: int, args) -> None:
 
 
 def slug(method: str) -> str:
-    return method.split(" (")[0].replace(" ", "_").replace("[", "").replace("]", "")
+    return "".join(c if c.isalnum() else "_" for c in method.removesuffix(")")).replace("__", "_")
 
 
 def write(path: Path, cell: dict) -> None:
@@ -132,6 +141,8 @@ def scores() -> dict:
         for name, values in cell["features"].items():
             if name.startswith("trained"):
                 row = name.replace("trained", cell["method"])
+            elif name.startswith("stage"):
+                row = f"{cell['method']}, after {name}"
             elif cell["method"] == "MAE":
                 # The same in every method's cell.
                 row = name
@@ -229,10 +240,11 @@ def main() -> None:
         # Seed by seed, so that what is there after an interrupt is whole.
         for seed in args.seeds:
             cells = [(name, method, seed, args) for name in data for method in args.methods]
-            first = [cell for cell in cells if cell[1] not in NEEDS]
             with ThreadPoolExecutor(args.parallel) as pool:
-                list(pool.map(lambda cell: pretrain(*cell), first))
-                list(pool.map(lambda cell: pretrain(*cell), [cell for cell in cells if cell[1] in NEEDS]))
+                for later in (False, True):
+                    # What starts from another cell's network comes after it.
+                    now = [cell for cell in cells if any("{runs}" in f for f in METHODS[cell[1]]) == later]
+                    list(pool.map(lambda cell: pretrain(*cell), now))
                 if args.finetune:
                     untrained = [(name, "untrained", seed, args) for name in data]
                     list(pool.map(lambda cell: finetune(*cell), cells + untrained))
