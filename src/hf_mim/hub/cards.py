@@ -10,8 +10,8 @@ _PAPERS = {
     "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
     "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
     "vit_mae": "He et al., *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022",
-    "ocl": "Yang et al., *One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views "
-    "for Efficient Visual Representation*, ICML 2025",
+    "ocl": "*One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views "
+    "for Efficient Visual Representation*",
     "tec": "Gao et al., *Towards Sustainable Self-supervised Learning*, 2022",
     "dbot": "Liu et al., *Exploring Target Representations for Masked Autoencoders*, ICLR 2024",
 }
