@@ -317,6 +317,22 @@ def test_any_base(kind, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.base.parameters())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TYPES)
+def test_no_graph_breaks_with_any_base(kind):
+    base = own_model(kind)
+    rows, columns = FrozenViT(read_source(base).config).grid
+    fields = {"num_channels": base.config.num_channels, "num_attention_heads": 4, "attention_top_k": 4}
+    config = tiny_config("tec", **fields, image_size=[4 * rows, 8 * columns], patch_size=[4, 8])
+    model, batch = TECForPreTraining.from_base(base, config).train(), tiny_batch(config)
+    # The first call installs the hooks that record the blocks' outputs.
+    expected = model(**batch).loss.item()
+    torch._dynamo.reset()
+    loss = torch.compile(model, fullgraph=True, backend="eager")(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_second_round(tmp_path):
     first = TECForPreTraining.from_base(tiny_model("pilamim", "Model"), tiny_config("tec"))
     scrambled(first).save_pretrained(tmp_path)
