@@ -129,10 +129,13 @@ def test_report_of_three_models(folder, models, tmp_path, capsys):
         "attention.png",
         "patch_pca.png",
         "reconstructions.png",
+        "attention_distance.png",
+        "singular_values.png",
     }
     assert {path.name for path in out.iterdir()} == files
     found = json.loads((out / "report.json").read_text())
     assert found["models"] == dict(zip(("whole", "encoder", "dino"), paths, strict=True))
+    assert all(len(p["top_singular_share"]) == len(p["attention_distance"]) for p in found["properties"].values())
     names = ["raw pixels"]
     names += [f"{n} untrained, {p}" for n in ("whole", "encoder", "dino") for p in ("[CLS]", "mean")]
     names += [f"{n}, {p}" for n in ("whole", "encoder", "dino") for p in ("[CLS]", "mean")]
@@ -162,7 +165,8 @@ def test_pictures_without_labels(models, tmp_path):
     unlabelled = write_pictures(tmp_path / "unlabelled", 12)
     out = tmp_path / "report"
     assert main(flags(unlabelled, out, f"--model_names_or_paths={models / 'encoder'}", "--references=false")) == 0
-    assert {path.name for path in out.iterdir()} == {"README.md", "report.json", "attention.png", "patch_pca.png"}
+    pictures = {"attention.png", "patch_pca.png", "attention_distance.png", "singular_values.png"}
+    assert {path.name for path in out.iterdir()} == {"README.md", "report.json"} | pictures
     assert "The data has no labels: RankMe" in (out / "README.md").read_text()
 
 

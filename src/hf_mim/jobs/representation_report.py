@@ -14,9 +14,11 @@ from transformers import AutoConfig
 from ..data.arguments import DataArguments
 from ..data.image_processing import evaluation_transform
 from ..data.transforms import sample_generator
+from ..evaluation.batches import transformed_pictures
 from ..evaluation.encoders import RawPixels, blocks_read, untrained_encoder
 from ..evaluation.features import Features, extract_features, labelled_splits, shared_labels
 from ..evaluation.pictures import label_rows, to_rgb, unnormalise
+from ..evaluation.properties import draw_attention_distances, draw_singular_shares, encoder_properties
 from ..evaluation.report import (
     RAW_PIXELS,
     describe_results,
@@ -35,7 +37,7 @@ from ..evaluation.representation import (
     require_sklearn,
 )
 from ..registry import method_class
-from ..training.arguments import MIMTrainingArguments
+from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
 from .loading import Subject, load_subject
@@ -43,12 +45,13 @@ from .loading import Subject, load_subject
 # Principal components are those of more pictures than are shown.
 _PCA_PICTURES = 64
 _MAX_TSNE_CLASSES = 20
+_PROPERTY_PICTURES = 256
 # The shorter side of a picture on a sheet, at least.
 _TILE = 112
 
 
 @dataclass
-class ReportArguments(MIMTrainingArguments):
+class ReportArguments(ViTTrainingArguments):
     """
     Which models are looked at, and how. Of transformers' `TrainingArguments` those of devices, precision, seed, batch
     for evaluation and data loading count.
@@ -138,13 +141,17 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
         if chosen is not None:
             sections.append(_tsne(folder, args, features[1], list(subjects), test_labels, test.label_names, *chosen))
     sections += _sheets(folder, args, subjects, {name: pair[1] for name, pair in splits.items()})
-    # Further sections (attention distance, singular values) are one more (title, file, caption) each.
+    properties = _properties(subjects, {name: pair[1] for name, pair in splits.items()})
+    sections += _property_plots(folder, properties)
     data = data_args.dataset_name or data_args.train_dir or "scenes (embedded)"
     (folder / "README.md").write_text(
         _readme(args, {name: subject.name for name, subject in subjects.items()}, data, results, sections)
     )
     settings = {"models": {name: subject.name for name, subject in subjects.items()}, "data": data, "seed": args.seed}
     settings["pictures"] = [file for _, file, _ in sections]
+    settings["properties"] = {
+        name: {key: values.tolist() for key, values in found.items()} for name, found in properties.items()
+    }
     (folder / "report.json").write_text(json.dumps(settings | results, indent=2) + "\n")
     say(f"\nThe report is {folder / 'README.md'}.")
     PartialState().wait_for_everyone()
@@ -227,6 +234,29 @@ def _tsne(
     draw_tsne(places, colours, [names[label][value] for value in classes], label, folder / "tsne.png")
     caption = f"{len(rows)} held-out pictures by cosine distance of their features ({args.poolings[0]}), coloured by "
     return "t-SNE", "tsne.png", f"{caption}{label}. Only neighbourhoods mean something, not distances between groups."
+
+
+def _properties(subjects: dict[str, Subject], tests: dict) -> dict[str, dict[str, torch.Tensor]]:
+    """`encoder_properties` of every model, on the first held-out pictures."""
+    found = {}
+    for name, subject in subjects.items():
+        test = tests[name].select(list(range(min(len(tests[name]), _PROPERTY_PICTURES))))
+        transform = evaluation_transform(subject.processor, test.num_channels)
+        found[name] = encoder_properties(subject.encoder.model, transformed_pictures(test, transform))
+    return found
+
+
+def _property_plots(folder: Path, properties: dict[str, dict[str, torch.Tensor]]) -> list[tuple[str, str, str]]:
+    distances = {name: found["attention_distance"] for name, found in properties.items()}
+    shares = {name: found["top_singular_share"] for name, found in properties.items()}
+    draw_attention_distances(distances, folder / "attention_distance.png")
+    draw_singular_shares(shares, folder / "singular_values.png")
+    distance = "How far each head's attention reaches from patch to patch; the line is the mean of a block's heads."
+    share = "How much of the patches' features within a picture the five largest singular values hold."
+    return [
+        ("Attention distance", "attention_distance.png", distance),
+        ("Singular values", "singular_values.png", share),
+    ]
 
 
 def _sheets(folder: Path, args, subjects: dict[str, Subject], tests: dict) -> list[tuple[str, str, str]]:
