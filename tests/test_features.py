@@ -77,9 +77,8 @@ class TestEncoders:
         model, registers = encoder.model, REGISTERS.get(name, 0)
         torch.manual_seed(1)
         pixel_values = torch.randn(2, 3, 16, 16)
-        kwargs = {"noise": torch.arange(16.0).expand(2, -1)} if name == "vit_mae" else {}
         with torch.no_grad():
-            outputs = model(pixel_values, output_hidden_states=True, **kwargs)
+            outputs = model(pixel_values, output_hidden_states=True)
         norm = {"dinov3_vit": "norm", "clip_vision_model": "post_layernorm"}.get(name, "layernorm")
         blocks = [getattr(model, norm)(states).detach() for states in outputs.hidden_states[1:]]
         found = encoder.features(pixel_values, POOLINGS)
