@@ -1,6 +1,5 @@
 """dBOT: a masked student predicts the features that a frozen teacher has of the whole picture."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +7,7 @@ from torch import nn
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
-from ..vit.frozen import FrozenSource, FrozenViT, describe_config, frozen_config, load_source, read_source
+from ..vit.frozen import FrozenSource, build_frozen, load_source, read_source, student_config
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
@@ -65,13 +64,7 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
     def __init__(self, config: DBOTConfig):
         super().__init__(config)
         self.encoder = DBOTModel(config)
-        pixels = {
-            "source_mean": config.image_mean,
-            "source_std": config.image_std,
-            "target_mean": config.teacher_image_mean,
-            "target_std": config.teacher_image_std,
-        }
-        self.teacher = FrozenViT(frozen_config(config.teacher_config, config), grid=config.grid_size, pixels=pixels)
+        self.teacher = build_frozen(config, "teacher")
         self.decoder = MaskedViTDecoder(config, self.teacher.hidden_size, config.drop_path_rate)
         self.post_init()
         self.freeze()
@@ -95,14 +88,7 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
             OSError: If there is no such model.
         """
         source = read_source(teacher)
-        if config is None:
-            names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-            config = DBOTConfig(**{name: getattr(source.config, name) for name in (*names, "num_channels")})
-        config = copy.deepcopy(config)
-        config.teacher_config = describe_config(source.config)
-        if source.image_mean is not None:
-            config.teacher_image_mean, config.teacher_image_std = source.image_mean, source.image_std
-        model = cls._from_config(config, **kwargs)
+        model = cls._from_config(student_config(source, "teacher", config or DBOTConfig), **kwargs)
         model.take_source(source)
         return model.eval()
 

@@ -1,6 +1,5 @@
 """TEC: a new encoder, fed a quarter of the patches, predicts features and attention that a frozen base has of all."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +12,11 @@ from transformers.utils.generic import can_return_tuple
 
 from ..vit.frozen import (
     FrozenSource,
-    FrozenViT,
     attention_products,
-    describe_config,
-    frozen_config,
+    build_frozen,
     load_source,
     read_source,
+    student_config,
 )
 from ..vit.masking import restore_order
 from ..vit.modeling_vit import (
@@ -230,13 +228,7 @@ class TECForPreTraining(MaskedViTForPreTraining):
         super().__init__(config)
         self.encoder = TECModel(config)
         self.encoder_adapter = TECEncoderAdapter(config) if config.has_encoder_adapter else None
-        pixels = {
-            "source_mean": config.image_mean,
-            "source_std": config.image_std,
-            "target_mean": config.base_image_mean,
-            "target_std": config.base_image_std,
-        }
-        self.base = FrozenViT(frozen_config(config.base_config, config), grid=config.grid_size, pixels=pixels)
+        self.base = build_frozen(config, "base")
         if config.feature_layers > self.base.num_layers:
             raise ValueError(
                 f"feature_layers is {config.feature_layers}, and the base has {self.base.num_layers} blocks. Choose "
@@ -269,14 +261,7 @@ class TECForPreTraining(MaskedViTForPreTraining):
             OSError: If there is no such model.
         """
         source = read_source(base)
-        if config is None:
-            names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-            config = TECConfig(**{name: getattr(source.config, name) for name in (*names, "num_channels")})
-        config = copy.deepcopy(config)
-        config.base_config = describe_config(source.config)
-        if source.image_mean is not None:
-            config.base_image_mean, config.base_image_std = source.image_mean, source.image_std
-        model = cls._from_config(config, **kwargs)
+        model = cls._from_config(student_config(source, "base", config or TECConfig), **kwargs)
         model.take_source(source)
         return model.eval()
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 
 from .configuration_vit import MaskedViTConfig, as_pair
 from .modeling_vit import MaskedViTModel
@@ -326,6 +326,23 @@ class FrozenViT(nn.Module):
         return hidden_states, arguments, rotary
 
 
+def build_frozen(config: MaskedViTConfig, name: str) -> FrozenViT:
+    """
+    The frozen network, untrained, that a method's config describes in its fields `NAME_config`, `NAME_image_mean` and
+    `NAME_image_std`; `image_mean` and `image_std` are the student's.
+
+    Raises:
+        ValueError: If the network is not supported, or has another patch grid.
+    """
+    pixels = {
+        "source_mean": config.image_mean,
+        "source_std": config.image_std,
+        "target_mean": getattr(config, f"{name}_image_mean"),
+        "target_std": getattr(config, f"{name}_image_std"),
+    }
+    return FrozenViT(frozen_config(getattr(config, f"{name}_config"), config), grid=config.grid_size, pixels=pixels)
+
+
 def _build(config: PreTrainedConfig, layout: _Layout) -> PreTrainedModel:
     # A copy: what is set below, or by transformers, is none of the method's config.
     config = copy.deepcopy(config)
@@ -372,7 +389,8 @@ def read_source(model_or_path) -> FrozenSource:
             is taken. A path's `preprocessor_config.json` tells the normalisation.
 
     Raises:
-        ValueError: If the network cannot give targets (no [CLS], convolutional, hierarchical, unknown), saying why.
+        ValueError: If the network cannot give targets (no [CLS], convolutional, hierarchical, unknown), saying why, or
+            if its weights are not all there.
         OSError: If there is no such model.
     """
     if isinstance(model_or_path, PreTrainedModel):
@@ -381,7 +399,19 @@ def read_source(model_or_path) -> FrozenSource:
     config, *normalization = read_description(model_or_path)
     # AutoModel of a CLIP checkpoint would have its text tower too.
     model_class = CLIPVisionModel if config.model_type == "clip_vision_model" else AutoModel
-    encoder = model_class.from_pretrained(model_or_path, dtype=torch.float32)
+    # Quietly: that a pretraining checkpoint also has decoders is no news. What it lacks is.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        encoder, info = model_class.from_pretrained(model_or_path, dtype=torch.float32, output_loading_info=True)
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"{model_or_path} cannot give targets: it lacks weights of its encoder, {', '.join(missing[:3])} "
+            f"({len(missing)} tensors)."
+        )
     return FrozenSource(encoder.config, encoder.state_dict(), *normalization)
 
 
@@ -420,6 +450,26 @@ def _normalization(path) -> tuple[list[float] | None, list[float] | None]:
             if "image_mean" in settings:
                 return settings["image_mean"], settings["image_std"]
     return None, None
+
+
+def student_config(source: FrozenSource, name: str, config: MaskedViTConfig | type[MaskedViTConfig]):
+    """
+    The config of a model that learns from `source`, with the fields that `build_frozen` reads filled in.
+
+    Args:
+        source: The trained network.
+        name (`str`): With which the fields start.
+        config: Of the model, which is copied; or its class, for the width, depth, heads and grid of `source`.
+    """
+    if isinstance(config, type):
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+        config = config(**{field: getattr(source.config, field) for field in (*names, "num_channels")})
+    config = copy.deepcopy(config)
+    setattr(config, f"{name}_config", describe_config(source.config))
+    if source.image_mean is not None:
+        setattr(config, f"{name}_image_mean", source.image_mean)
+        setattr(config, f"{name}_image_std", source.image_std)
+    return config
 
 
 @torch.no_grad()
