@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ METHODS = {
 }
 # Pictures per step, where not `--batch_size`: contrast lives on the number of negatives.
 BATCH_SIZE = {"OCL": 256}
+UNTRAINED = "untrained"
 # Labels by data set.
 LABEL = {"scenes": ["count", "distance", "shape", "color"], "fashion_mnist": ["label"]}
 
@@ -100,24 +102,26 @@ def pretrain(data: str, method: str, seed: int, args) -> None:
 def finetune(data: str, method: str, seed: int, args) -> None:
     """Fine-tunes a cell's encoder: at most 10,000 labels and 5 epochs, and 1% of the labels."""
     folder = args.runs / data / str(seed) / slug(method)
-    for name, labels, epochs in (("10000", 10000, 5), ("1%", 600 if data == "fashion_mnist" else 120, 40)):
-        path = RESULTS / f"finetuned-{data}-{slug(method)}-{seed}-{name.rstrip('%')}.json"
+    few = ["--max_train_samples=600" if data == "fashion_mnist" else "--max_train_samples=120"]
+    few += ["--num_train_epochs=40", "--per_device_train_batch_size=32"]
+    for labels, chosen in (("10,000", ["--max_train_samples=10000", "--num_train_epochs=5"]), ("1%", few)):
+        path = RESULTS / f"finetuned-{data}-{slug(method)}-{seed}-{slug(labels)}.json"
         # Only where the cell's network is still on this disk.
-        if path.is_file() or (method != "untrained" and not (folder / "model.safetensors").is_file()):
+        if path.is_file() or (method != UNTRAINED and not (folder / "model.safetensors").is_file()):
             continue
-        flags = data_flags(data, args) + [f"--seed={seed}", f"--max_train_samples={labels}"]
-        flags += [f"--num_train_epochs={epochs}", "--preset=tiny"]
-        flags += [] if method == "untrained" else [f"--model_name_or_path={folder}"]
+        flags = [*data_flags(data, args), f"--seed={seed}", *chosen, "--eval_strategy=no"]
+        flags += ["--model_type=pilamim"] if method == UNTRAINED else [f"--model_name_or_path={folder}"]
         flags += [] if data == "fashion_mnist" else ["--label_column_name=shape"]
         output = args.runs / "finetuned" / path.stem
         seconds = run("run_image_classification.py", [*flags, f"--output_dir={output}"], args)
-        results = json.loads((output / "eval_results.json").read_text())
-        cell = {"data": data, "method": method, "seed": seed, "labels": name, "flags": flags}
-        write(path, cell | {"seconds": round(seconds), "accuracy": results["eval_accuracy"]})
+        accuracy = json.loads((output / "results.json").read_text())["accuracy"]
+        cell = {"data": data, "method": method, "seed": seed, "labels": labels, "flags": flags}
+        write(path, cell | {"seconds": round(seconds), "accuracy": accuracy})
 
 
 def slug(method: str) -> str:
-    return "".join(c if c.isalnum() else "_" for c in method.removesuffix(")")).replace("__", "_")
+    """A cell's or folder's name: letters, digits and underscores."""
+    return re.sub(r"[^a-zA-Z0-9]+", "_", method).strip("_")
 
 
 def write(path: Path, cell: dict) -> None:
@@ -246,7 +250,7 @@ def main() -> None:
                     now = [cell for cell in cells if any("{runs}" in f for f in METHODS[cell[1]]) == later]
                     list(pool.map(lambda cell: pretrain(*cell), now))
                 if args.finetune:
-                    untrained = [(name, "untrained", seed, args) for name in data]
+                    untrained = [(name, UNTRAINED, seed, args) for name in data]
                     list(pool.map(lambda cell: finetune(*cell), cells + untrained))
     table = scores()
     if table:
