@@ -14,7 +14,7 @@ from hf_mim.training.base_trainer import NonFiniteLossError
 from hf_mim.training.building import build_config, parse_overrides
 from hf_mim.training.command import ModelArguments, parse_arguments
 from hf_mim.training.errors import plain_message
-from hf_mim.training.presets import PRESETS, preset_training
+from hf_mim.training.presets import PRESETS, preset_config, preset_training
 from tiny_training import REPOSITORY, tiny_arguments, tiny_config, tiny_trainer
 
 CLASSES = (ModelArguments, DataArguments, MIMTrainingArguments)
@@ -172,6 +172,22 @@ class TestRecipes:
     def test_mistakes_are_named(self, tmp_path, text, message):
         with pytest.raises(ValueError, match=message):
             parse(recipe(tmp_path, text))
+
+    def test_own_data_takes_the_place_of_the_recipes(self, tmp_path):
+        path = recipe(tmp_path, "dataset_name: ILSVRC/imagenet-1k")
+        data = parse(path, "--train_dir=mine", tmp_path=tmp_path)[1]
+        assert (data.train_dir, data.dataset_name) == ("mine", None)
+        assert parse(path, "--dataset_name=other", tmp_path=tmp_path)[1].dataset_name == "other"
+        data = parse(recipe(tmp_path, "train_dir: theirs"), "--dataset_name=mine", tmp_path=tmp_path)[1]
+        assert (data.train_dir, data.dataset_name) == (None, "mine")
+        # A torchvision data set has both.
+        path = recipe(tmp_path, "dataset_name: torchvision:CIFAR10\ntrain_dir: root")
+        data = parse(path, "--train_dir=elsewhere", tmp_path=tmp_path)[1]
+        assert (data.train_dir, data.dataset_name) == ("elsewhere", "torchvision:CIFAR10")
+
+    def test_recipe_that_comes_late(self):
+        with pytest.raises(ValueError, match="A recipe comes first: mine.yaml"):
+            parse("--preset=tiny", "mine.yaml")
 
     def test_recipe_that_is_not_there(self):
         with pytest.raises(ValueError, match="no recipe nowhere.yaml"):
@@ -384,3 +400,14 @@ class TestPlainMessages:
         message = plain_message(raised(trainer.train))
         assert message is not None and "Traceback" not in message and "\n" not in message
         assert "7" in message
+
+
+class TestTinyPatches:
+    @pytest.mark.parametrize(("size", "patch"), [((28, 28), [4, 4]), ((64, 64), [8, 8]), ((48, 64), [6, 8])])
+    def test_follow_the_image(self, size, patch):
+        assert preset_config("pilamim", "tiny", size)["patch_size"] == patch
+
+    def test_too_many_are_refused(self):
+        with pytest.raises(ValueError, match="97 pixels have no divisor near 12. Choose another --image_size.*96"):
+            preset_config("pilamim", "tiny", (64, 97))
+        assert preset_config("pilamim", "tiny", (64, 97), [1])["patch_size"] == [1, 1]

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -381,3 +382,14 @@ def test_weights_of_another_network_are_refused():
     frozen = FrozenViT(tiny_config("pilamim"))
     with pytest.raises(ValueError, match="do not fit a frozen network of type 'pilamim'"):
         load_source(frozen, read_source(own_model("vit")))
+
+
+def test_weights_that_are_not_all_there(tmp_path):
+    model = own_model("vit")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: value for name, value in weights.items() if "layer.0" not in name and "layers.0" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks weights of its encoder: "):
+        read_source(str(tmp_path))

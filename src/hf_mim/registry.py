@@ -46,7 +46,9 @@ def method_module(model_type: str, kind: str):
     # The baseline's original checkpoints are on the Hub in transformers' form.
     known = METHODS if kind == "convert" else MODEL_TYPES | ENCODER
     if model_type not in known:
-        raise ValueError(f"model_type is {model_type!r}; expected one of {', '.join(known)}.")
+        # The encoder without a method cannot be pretrained, which is what most ask for.
+        names = ", ".join(name for name in known if name not in ENCODER)
+        raise ValueError(f"model_type is {model_type!r}; expected one of {names}.")
     folder = "vit" if model_type in ENCODER else model_type
     return importlib.import_module(f"hf_mim.models.{folder}.{kind}_{folder}")
 

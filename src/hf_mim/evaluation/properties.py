@@ -121,7 +121,8 @@ def draw_attention_distances(distances: dict[str, torch.Tensor], path: str | Pat
         layers = torch.arange(1, len(values) + 1)
         panel.scatter(layers.repeat_interleave(values.shape[1]), values.flatten(), s=12, alpha=0.7)
         panel.plot(layers, values.mean(dim=1), color="black", linewidth=1)
-        panel.set(title=name, xlabel="block", ylabel="attention distance in pixels", ylim=(0, None))
+        panel.set(title=name, xlabel="block", ylabel="attention distance in pixels")
+        panel.set_ylim(0, 1.08 * max(v.max().item() for v in distances.values()))
         panel.set_xticks(layers[:: 1 + len(layers) // 13])
         panel.grid(alpha=0.3)
     return _save(figure, path)
@@ -131,8 +132,11 @@ def draw_singular_shares(shares: dict[str, torch.Tensor], path: str | Path, top:
     """Draws `top_singular_share` (num_layers,) by encoder in one panel; returns `path`."""
     figure, (panel,) = _panels(1)
     for name, values in shares.items():
-        panel.plot(torch.arange(1, len(values) + 1), 100 * values, label=name, marker="o", markersize=3)
+        layers = torch.arange(1, len(values) + 1)
+        panel.plot(layers, 100 * values, label=name, marker="o", markersize=3)
+    depth = max(len(values) for values in shares.values())
     panel.set(xlabel="block", ylabel=f"share of the top {top} singular values, %")
+    panel.set_xticks(range(1, depth + 1, 1 + depth // 13))
     panel.grid(alpha=0.3)
     panel.legend(frameon=False)
     return _save(figure, path)

@@ -254,8 +254,11 @@ def write_results(
         say("\n" + format_results(results))
     name = trainer.args.hub_model_id or str(folder)
     write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results)
-    after = " after `import hf_mim`" if config.model_type in METHODS else ""
-    say(f"\nThe model is in {folder}: AutoModel.from_pretrained({str(folder)!r}){after}.")
+    load = f"AutoModel.from_pretrained({str(folder)!r})"
+    if config.model_type not in METHODS:
+        # The stock ViTMAE hides three quarters of a picture.
+        load = f"hf_mim.to_vit({load})"
+    say(f"\nThe model is in {folder}: {load} after `import hf_mim`.")
     if drawn:
         say("Pictures: " + ", ".join(str(path) for path in drawn))
 
@@ -299,10 +302,11 @@ def describe_stage(trainer: MIMTrainer, pictures: PictureSplits) -> str:
     args, model = trainer.args, trainer.model
     stage = "" if trainer.stage is None else f"Stage {trainer.stage} (the last is {args.num_stages - 1}). "
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+    (height, width), (patch_height, patch_width) = as_pair(model.config.image_size), as_pair(model.config.patch_size)
     return (
-        f"{stage}{MODEL_TYPES[model.config.model_type]}: {count_parameters(model)}; {describe_data(pictures)}; "
-        f"effective batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {precision} on "
-        f"{args.device}."
+        f"{stage}{MODEL_TYPES[model.config.model_type]}: {count_parameters(model)}; {describe_data(pictures)} of "
+        f"{height} x {width} pixels, in patches of {patch_height} x {patch_width}; effective batch "
+        f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {precision} on {args.device}."
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 
 from ..hub.vit import encoder_from_vit
 from ..models.vit.configuration_vit import as_pair
-from ..models.vit.frozen import describe_config, read_description, read_source
+from ..models.vit.frozen import describe_config, load_quietly, read_description, read_source
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
 from ..registry import BASELINES, ENCODER, METHODS, method_class
 from .command import ClassifierArguments, ModelArguments
@@ -48,7 +49,8 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
     Raises:
         ValueError: If a name is unknown or sizes do not fit.
     """
-    settings = preset_config(args.model_type, args.preset, image_size) | {"num_channels": num_channels}
+    settings = preset_config(args.model_type, args.preset, image_size, args.patch_size)
+    settings["num_channels"] = num_channels
     config_class = method_class(args.model_type, "Config")
     chosen = parse_overrides(args.config_overrides)
     unknown = sorted(set(chosen) - set(config_class().to_dict()))
@@ -85,9 +87,10 @@ def describe_frozen(args: ModelArguments, config) -> None:
             if path is not None:
                 raise ValueError(f"--{flag} is of {METHODS[model_type]}; --model_type is {args.model_type}.")
         elif path is not None:
+            check_there(path, flag)
             try:
                 frozen, mean, std = read_description(path)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise ValueError(f"--{flag} {path}: {error}") from error
             if frozen.num_channels != config.num_channels:
                 raise ValueError(
@@ -225,7 +228,8 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     else:
         model = model_class._from_config(config, **kwargs)
         model.load_encoder(_load_encoder(args.model_name_or_path))
-        missing = {name for name in model.state_dict() if not name.startswith(("encoder.", "vit."))}
+        given = ("encoder.", "vit.") if frozen is None else ("encoder.", f"{_FROZEN[args.model_type][0]}.")
+        missing = {name for name in model.state_dict() if not name.startswith(given)}
         built = sorted({name.split(".")[0] for name in model.fill_missing(missing)})
         if built:
             logger.warning(
@@ -292,14 +296,22 @@ def _read_value(text: str):
 
 def _load_encoder(path: str):
     source = AutoConfig.from_pretrained(path)
-    encoder = AutoModel.from_pretrained(path, dtype=torch.float32)
+    encoder = load_quietly(AutoModel, path)
     return encoder if source.model_type in METHODS | ENCODER else encoder_from_vit(encoder)
 
 
+def check_there(path: str, flag: str) -> None:
+    """Raises ValueError if `path` can only be a folder, and there is none."""
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
+    if looks_local and not Path(path).expanduser().exists():
+        raise ValueError(f"--{flag} {path}: there is no such folder.")
+
+
 def _read_config(path: str) -> PreTrainedConfig:
+    check_there(path, "model_name_or_path")
     try:
         return AutoConfig.from_pretrained(path)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {path}: {error}") from error
 
 

@@ -16,7 +16,14 @@ from .presets import PRESETS, preset_training
 
 # A flag, and the one that would take precedence over it. Whoever sets only the first overrules the second of a recipe
 # or a preset.
-_STRONGER = {"warmup_steps": "warmup_epochs", "base_learning_rate": "learning_rate", "num_train_epochs": "max_steps"}
+_STRONGER = {
+    "warmup_steps": "warmup_epochs",
+    "base_learning_rate": "learning_rate",
+    "num_train_epochs": "max_steps",
+    "train_dir": "dataset_name",
+    "dataset_name": "train_dir",
+}
+_DATA = ("train_dir", "dataset_name")
 
 
 @dataclass
@@ -149,8 +156,10 @@ def parse_arguments(
         presets = {name: preset_training(name, model_type) for name in PRESETS}
     defaults = dict(presets.get(preset, {}))
     for lower, upper in ((recipe, typed), (defaults, recipe), (defaults, typed)):
+        # A torchvision data set has both: its name, and the folder that it lies in.
+        together = str((lower | upper).get("dataset_name")).startswith("torchvision:")
         for flag, stronger in _STRONGER.items():
-            if flag in upper and stronger not in upper:
+            if flag in upper and stronger not in upper and not (together and flag in _DATA):
                 lower.pop(stronger, None)
     # null in a recipe: as if the preset did not set the flag.
     parser.set_defaults(**{flag: value for flag, value in defaults.items() if recipe.get(flag, value) is not None})
@@ -158,7 +167,9 @@ def parse_arguments(
     words = [word for flag, value in recipe.items() for word in _as_words(flag, value)]
     *arguments, left_over = parser.parse_args_into_dataclasses(words + argv, return_remaining_strings=True)
     if left_over:
-        raise ValueError(f"There is no flag {' '.join(left_over)}. Run the script with --help for all flags.")
+        late = [word for word in left_over if word.endswith((".json", ".yaml", ".yml"))]
+        hint = f" A recipe comes first: {late[0]}." if late else ""
+        raise ValueError(f"There is no flag {' '.join(left_over)}.{hint} Run the script with --help for all flags.")
     return tuple(arguments)
 
 

@@ -70,7 +70,9 @@ _METHOD_TRAINING = {
 PRESETS = tuple(_ENCODERS)
 
 
-def preset_config(model_type: str, preset: str, image_size: tuple[int, int] | None) -> dict:
+def preset_config(
+    model_type: str, preset: str, image_size: tuple[int, int] | None, patch_size: list[int] | None = None
+) -> dict:
     """
     The config fields of a preset.
 
@@ -78,16 +80,21 @@ def preset_config(model_type: str, preset: str, image_size: tuple[int, int] | No
         model_type (`str`): The method.
         preset (`str`): One of `PRESETS`.
         image_size (`tuple[int, int]`, *optional*): (height, width); the preset's own if None.
+        patch_size (`list[int]`, *optional*): One number, or height and width; the preset's own if None.
 
     Raises:
-        ValueError: If there is no such preset.
+        ValueError: If there is no such preset, or if tiny finds no patch size for the image size.
     """
     if preset not in _ENCODERS:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(PRESETS)}.")
-    default_size, patch_size = _IMAGE_AND_PATCH_SIZE.get(preset, (224, 16))
+    default_size, default_patch = _IMAGE_AND_PATCH_SIZE.get(preset, (224, 16))
     image_size = image_size or (default_size, default_size)
-    if patch_size is None:
-        patch_size = [_nearest_divisor(side, side / _TINY_GRID) for side in image_size]
+    if patch_size is not None:
+        patch_size = [patch_size[0], patch_size[-1]]
+    elif default_patch is not None:
+        patch_size = default_patch
+    else:
+        patch_size = [_tiny_patch(side) for side in image_size]
     sizes = {"image_size": list(image_size), "patch_size": patch_size}
     return _ENCODERS[preset] | sizes | _METHOD_FIELDS.get((model_type, preset), {})
 
@@ -131,9 +138,17 @@ FINE_TUNING_PRESETS = {
 }
 
 
-def _nearest_divisor(number: int, wanted: float) -> int:
-    divisors = [d for d in range(1, number + 1) if number % d == 0]
-    return min(divisors, key=lambda divisor: (abs(divisor - wanted), -divisor))
+def _tiny_patch(side: int) -> int:
+    wanted = side / _TINY_GRID
+    divisors = [d for d in range(1, side + 1) if side % d == 0]
+    patch = min(divisors, key=lambda divisor: (abs(divisor - wanted), -divisor))
+    if not _TINY_GRID / 2 <= side // patch <= 2 * _TINY_GRID:
+        raise ValueError(
+            f"The preset tiny cuts pictures into about {_TINY_GRID} patches a side, and {side} pixels have no divisor "
+            f"near {wanted:.0f}. Choose another --image_size, for example {_TINY_GRID * max(1, round(wanted))}, or "
+            "give --patch_size."
+        )
+    return patch
 
 
 def preset_training(preset: str, model_type: str) -> dict:

@@ -26,7 +26,7 @@ def set_trainable(model: PreTrainedModel, mode: str) -> None:
         model.classifier.requires_grad_(True)
     elif mode != "all":
         modes = ["all", "head", *(name for name in own if name not in ("all", "head"))]
-        raise ValueError(f"--trainable is {mode!r}; a {type(model).__name__} has the modes {', '.join(modes)}.")
+        raise ValueError(f"--trainable is {mode!r}; {type(model).__name__} has the modes {', '.join(modes)}.")
 
 
 def add_lora(model: PreTrainedModel, rank: int):
@@ -59,7 +59,7 @@ def _lora_targets(model: PreTrainedModel) -> list[str]:
         name for name, _ in model.named_modules() if name.rsplit(".", 1)[-1] in _LORA_TARGETS and ".layer" in name
     ]
     if not names:
-        raise ValueError(f"--lora_rank: a {type(model).__name__} has no {', '.join(_LORA_TARGETS)} in its blocks.")
+        raise ValueError(f"--lora_rank: {type(model).__name__} has no {', '.join(_LORA_TARGETS)} in its blocks.")
     return names
 
 

@@ -399,20 +399,27 @@ def read_source(model_or_path) -> FrozenSource:
     config, *normalization = read_description(model_or_path)
     # AutoModel of a CLIP checkpoint would have its text tower too.
     model_class = CLIPVisionModel if config.model_type == "clip_vision_model" else AutoModel
-    # Quietly: that a pretraining checkpoint also has decoders is no news. What it lacks is.
+    encoder = load_quietly(model_class, model_or_path)
+    return FrozenSource(encoder.config, encoder.state_dict(), *normalization)
+
+
+def load_quietly(model_class, path) -> PreTrainedModel:
+    """
+    An encoder in float32, without the report that a pretraining checkpoint also has decoders.
+
+    Raises:
+        ValueError: If the checkpoint lacks weights of the encoder.
+    """
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        encoder, info = model_class.from_pretrained(model_or_path, dtype=torch.float32, output_loading_info=True)
+        encoder, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
     finally:
         logging.set_verbosity(verbosity)
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
-        raise ValueError(
-            f"{model_or_path} cannot give targets: it lacks weights of its encoder, {', '.join(missing[:3])} "
-            f"({len(missing)} tensors)."
-        )
-    return FrozenSource(encoder.config, encoder.state_dict(), *normalization)
+        raise ValueError(f"{path} lacks weights of its encoder: {', '.join(missing[:3])} ({len(missing)} tensors).")
+    return encoder
 
 
 def read_description(path: str) -> tuple[PreTrainedConfig, list[float] | None, list[float] | None]:
