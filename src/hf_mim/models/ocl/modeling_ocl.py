@@ -147,7 +147,7 @@ class OCLForPreTraining(MaskedViTForPreTraining):
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
         # (2 * batch_size, num_keep / 2): both halves of the first picture, both of the second, ...
         halves = ids_keep.unflatten(1, (2, -1)).flatten(0, 1)
-        if self.chunk_size is None:
+        if self.chunk_size is None or self.chunk_size >= len(pixel_values):
             encoded = self.encoder(pixel_values, ids_keep=halves, return_dict=True, **kwargs)
             features, recorded = encoded.last_hidden_state[:, 0], encoded
         else:
