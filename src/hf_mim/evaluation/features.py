@@ -116,6 +116,8 @@ def extract_features(
                 features[name][pooling] = values
                 if files and PartialState().is_main_process:
                     _save(*files[name, pooling], values)
+        # Who asks again at once finds what the first process writes.
+        PartialState().wait_for_everyone()
     # In the order asked for, whether cached or not.
     return {name: {pooling: features[name][pooling] for pooling in wanted[name]} for name in encoders}
 
