@@ -199,7 +199,9 @@ def draw(table: dict) -> None:
         for data, label in panels
         if any(where == data and f"{label}: k-NN" in columns for (where, _), columns in table.items())
     ]
-    figure, axes = plt.subplots(1, len(panels), figsize=(3.4 * len(panels), 5.2), squeeze=False)
+    most = max(len({row for where, row in table if where == data}) for data, _ in panels)
+    size = (4.0 + 2.6 * len(panels), 1.2 + 0.27 * most)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
     for i, ((data, label), axis) in enumerate(zip(panels, axes[0], strict=True)):
         rows = [
             (row, columns) for (where, row), columns in table.items() if where == data and f"{label}: k-NN" in columns
@@ -219,8 +221,11 @@ def draw(table: dict) -> None:
         axis.tick_params(labelsize=7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_xlabel("accuracy, %", fontsize=8)
-    axes[0][0].legend(fontsize=7, frameon=False)
-    figure.tight_layout()
+        axis.grid(axis="x", alpha=0.3)
+        axis.set_axisbelow(True)
+    figure.legend(
+        *axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False
+    )
     figure.savefig(RESULTS / "comparison.png", dpi=130)
 
 
