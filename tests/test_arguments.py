@@ -8,10 +8,11 @@ from transformers import ViTConfig, ViTModel
 
 from hf_mim.data.arguments import DataArguments
 from hf_mim.data.pictures import BrokenPictureError
+from hf_mim.models.pilamim.modeling_pilamim import PiLaMIMModel
 from hf_mim.registry import METHODS
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.base_trainer import NonFiniteLossError
-from hf_mim.training.building import build_config, parse_overrides
+from hf_mim.training.building import build_config, describe_frozen, parse_overrides
 from hf_mim.training.command import ModelArguments, parse_arguments
 from hf_mim.training.errors import plain_message
 from hf_mim.training.presets import PRESETS, preset_config, preset_training
@@ -267,7 +268,10 @@ class TestFlags:
 class TestConfigOfFlags:
     def config(self, *flags: str):
         model, data, _ = parse(*flags)
-        return build_config(model, data.image_height_width, data.num_channels)
+        config = build_config(model, data.image_height_width, data.num_channels)
+        if model.base_model_name_or_path or model.teacher_model_name_or_path:
+            describe_frozen(model, config, data.num_channels)
+        return config
 
     @pytest.mark.parametrize(
         ("text", "wanted"),
@@ -325,14 +329,25 @@ class TestConfigOfFlags:
             config.patch_size,
         ) == wanted
         assert config.position_embedding == "learned"
-        self.config(f"--model_name_or_path={vit}", "--image_size=16", "--patch_size=4")
+        self.config(f"--model_name_or_path={vit}", "--image_size=16", "--patch_size=4", "--num_channels=3")
+
+    def test_channels_are_those_of_the_weights(self, tmp_path):
+        tiny_config(num_channels=1).save_pretrained(tmp_path / "weights")
+        PiLaMIMModel(tiny_config(num_channels=1)).save_pretrained(tmp_path / "network")
+        assert self.config(f"--model_name_or_path={tmp_path / 'weights'}").num_channels == 1
+        sizes = ("--image_size=16", "--patch_size=4")
+        base = self.config("--model_type=tec", f"--base_model_name_or_path={tmp_path / 'network'}", *sizes)
+        assert base.num_channels == 1
+        teacher = self.config("--model_type=dbot", f"--teacher_model_name_or_path={tmp_path / 'network'}", *sizes)
+        assert teacher.num_channels == 1
+        assert self.config("--model_type=dbot").num_channels == 3
 
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
             (["--image_size=32"], r"image_size: \(32, 32\) is asked for, and .* has \(16, 16\)"),
             (["--patch_size=8"], r"patch_size: \(8, 8\) is asked for"),
-            (["--num_channels=1"], "num_channels: 1 is asked for.*Pass --num_channels 3"),
+            (["--num_channels=1"], "num_channels: 1 is asked for.*has 3. Leave num_channels out"),
             (["--config_overrides=hidden_size=64"], "hidden_size: 64 is asked for"),
         ],
     )

@@ -97,7 +97,7 @@ def test_flags_parse_beside_training_arguments(tmp_path):
         ({"streaming": True}, "--streaming needs --dataset_name"),
         ({"dataset_name": "a", "train_dir": "b"}, "leave one out"),
         ({"validation_dir": "a"}, "--validation_dir goes with --train_dir"),
-        ({"image_mean": ["0.5"]}, r"one number per channel \(3\), got 1"),
+        ({"num_channels": 3, "image_mean": ["0.5"]}, r"one number per channel \(3\), got 1"),
         ({"image_mean": ["x", "y", "z"]}, "must be numbers"),
         ({"image_mean": ["0.5"] * 3}, "Give both"),
         ({"image_mean": ["0.5"] * 3, "image_std": ["0"] * 3}, "--image_std must be above 0"),

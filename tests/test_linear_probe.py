@@ -161,6 +161,12 @@ class TestFlags:
         args, _ = self.parse("--preset=tec", "--learning_rate", "5", "--batch_size=512")
         assert args.learning_rate == [5.0]
 
+    def test_warmup_follows_the_epochs(self):
+        assert self.parse("--num_train_epochs=2")[0].warmup_epochs == 0.2
+        assert self.parse("--preset=ocl_large")[0].warmup_epochs == 10
+        with pytest.raises(ValueError, match=r"below --num_train_epochs \(5\), got 10 \(of the preset tec"):
+            self.parse("--preset=tec", "--num_train_epochs=5")
+
     @pytest.mark.parametrize(
         ("flag", "message"),
         [

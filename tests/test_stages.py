@@ -464,9 +464,9 @@ class TestFirstTeacher:
     @pytest.mark.parametrize(
         ("flags", "sizes", "message"),
         [
-            (["--model_type=pilamim"], {}, "--teacher_model_name_or_path is of DBOT; --model_type is pilamim"),
+            (["--model_type=pilamim"], {}, "--teacher_model_name_or_path is of dBOT; --model_type is pilamim"),
             ([], {"patch_size": 8}, "2 x 2 patches .*the student into 4 x 4"),
-            ([], {"num_channels": 1}, "takes pictures of 1 channels; these have 3. Pass --num_channels 1"),
+            (["--num_channels=3"], {"num_channels": 1}, "takes pictures of 1 channels; these have 3. Leave --num_ch"),
         ],
     )
     def test_that_cannot_be_one_is_refused_before_training(self, folder, tmp_path, capsys, flags, sizes, message):

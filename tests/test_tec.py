@@ -576,7 +576,7 @@ def arguments(**flags):
 
 def built(args, image_size=(32, 48)):
     config = build_config(args, image_size, 5)
-    describe_frozen(args, config)
+    describe_frozen(args, config, 3)
     return build_model(args, config)
 
 
@@ -624,7 +624,7 @@ def test_base_by_flag(base_folder, tmp_path):
 def test_base_of_another_method_is_refused(base_folder):
     with pytest.raises(ValueError, match="--base_model_name_or_path is of TEC; --model_type is pilamim"):
         args = ModelArguments(base_model_name_or_path=base_folder)
-        describe_frozen(args, build_config(args, None, 3))
+        describe_frozen(args, build_config(args, None, 3), 3)
 
 
 def test_another_method_goes_on_from_tecs_encoder(base_folder, tmp_path):

@@ -13,6 +13,12 @@ METHODS = {
     "dbot": "DBOT",
 }
 
+# Where papers write a name otherwise than the classes do.
+_WRITTEN = {
+    "dbot": "dBOT",
+    "vit_mae": "MAE",
+}
+
 # Pretrained as the methods are, under a model_type of transformers, whose Auto classes stay as they are: what is saved
 # is stock.
 BASELINES = {
@@ -34,6 +40,11 @@ _AUTO_CLASSES = {
 }
 _OF_BASELINES = ("Config", "Model", "ForPreTraining")
 _IMAGE_PROCESSING_AUTO = "transformers.models.auto.image_processing_auto"
+
+
+def method_name(model_type: str) -> str:
+    """What people call a method or baseline."""
+    return _WRITTEN.get(model_type, MODEL_TYPES[model_type])
 
 
 def method_module(model_type: str, kind: str):

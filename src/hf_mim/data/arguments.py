@@ -1,6 +1,8 @@
 """The flags that say where the pictures are and what is done to them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+
+from ..models.vit.configuration_vit import as_pair
 
 AUTO = "auto"
 TORCHVISION_PREFIX = "torchvision:"
@@ -48,7 +50,10 @@ class DataArguments:
     image_size: list[int] | None = field(
         default=None, metadata={"help": "Size of the model's input: one number, or height and width."}
     )
-    num_channels: int = field(default=3, metadata={"help": "Channels of the model's input."})
+    num_channels: int | None = field(
+        default=None,
+        metadata={"help": "Channels of the model's input. Default: those of the weights that are given, else 3."},
+    )
     image_mean: list[str] | None = field(
         default=None,
         metadata={
@@ -73,7 +78,7 @@ class DataArguments:
             len(self.image_size) in (1, 2) and all(isinstance(side, int) and side > 0 for side in self.image_size)
         ):
             raise ValueError(f"--image_size must be one number or two (height, width) above 0, got {self.image_size}.")
-        if self.num_channels < 1:
+        if self.num_channels is not None and self.num_channels < 1:
             raise ValueError(f"--num_channels must be at least 1, got {self.num_channels}.")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must lie between 0 and 1, got {self.validation_fraction}.")
@@ -102,14 +107,23 @@ class DataArguments:
         """`--image_size` as (height, width); None where it was not given."""
         return None if self.image_size is None else (self.image_size[0], self.image_size[-1])
 
+    def for_model(self, config) -> "DataArguments":
+        """
+        The same, with the channels and the size that a model's config asks for.
 
-def _numbers_or_auto(value, num_channels: int, flag: str):
+        Raises:
+            ValueError: If `--image_mean` has not one number a channel.
+        """
+        return replace(self, num_channels=config.num_channels, image_size=list(as_pair(config.image_size)))
+
+
+def _numbers_or_auto(value, num_channels: int | None, flag: str):
     if value is None or value == AUTO or value == [AUTO]:
         return AUTO if value else None
     try:
         numbers = [float(number) for number in value]
     except (TypeError, ValueError):
         raise ValueError(f"{flag} must be numbers, one per channel, or auto, got {value}.") from None
-    if len(numbers) != num_channels:
+    if num_channels is not None and len(numbers) != num_channels:
         raise ValueError(f"{flag} needs one number per channel ({num_channels}), got {len(numbers)}: {numbers}.")
     return numbers

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
     """Finds the pictures that the flags name.
 
     Args:
-        args (`DataArguments`): the flags.
+        args (`DataArguments`): the flags; `num_channels` None is 3.
         seed (`int`): of a stream's order. Nothing else depends on it, neither which scenes are drawn nor which
             pictures are held out or left out: runs of several seeds see the same.
 
@@ -42,6 +42,8 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
     Raises:
         ValueError: nothing there, or not what it should be; the message says what to do.
     """
+    if args.num_channels is None:
+        args = replace(args, num_channels=3)
     if args.dataset_name is None and args.train_dir is None:
         train, validation = _load_scenes(args)
     elif args.dataset_name is None:
@@ -239,7 +241,7 @@ def _read(pictures: PictureDataset, indices, skip_broken: bool):
 
 def resolve_mean_std(args: DataArguments, pictures: PictureDataset | PictureStream) -> tuple[list[float], list[float]]:
     """The mean and standard deviation that the flags ask for: given, ImageNet's, or computed."""
-    if args.image_mean is None and args.num_channels == 3:
+    if args.image_mean is None and pictures.num_channels == 3:
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     computed = (None, None)
     if args.image_mean in (None, AUTO) or args.image_std in (None, AUTO):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..evaluation.report import describe_results, markdown_table, results_table
 from ..models.vit.configuration_vit import as_pair
-from ..registry import BASELINES, MODEL_TYPES
+from ..registry import BASELINES, method_name
 
 _PAPERS = {
     "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
@@ -85,7 +85,7 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
     path.write_text(
         _TEMPLATE.format(
             model_type=config.model_type,
-            method=MODEL_TYPES[config.model_type],
+            method=method_name(config.model_type),
             use=(_USE_OF_BASELINE if baseline else _USE).format(name=name),
             rest=_REST_OF_BASELINE if baseline else _REST,
             paper=_PAPERS[config.model_type],

@@ -125,7 +125,7 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
         raise ValueError("--ema_decay averages the network's own weights, not --lora_rank's: leave one out.")
     robustness = dict(_name_and_folder(text) for text in args.robustness_sets or ())
     config = build_classifier_config(model_args, data_args.image_height_width, data_args.num_channels)
-    data_args.image_size = list(as_pair(config.image_size))
+    data_args = data_args.for_model(config)
     if args.label_column_name is not None and data_args.label_column_names is None:
         data_args.label_column_names = [args.label_column_name]
     with PartialState().main_process_first():

@@ -28,15 +28,14 @@ from ..training.errors import run_job
 from .loading import Subject, load_subject
 
 # The papers' crops are torchvision's own (8% of the area or more); batches are ImageNet's unless said otherwise.
-_PAPER = {"warmup_epochs": 10, "augment": True, "crop_scale_min": 0.08}
+_PAPER = {"augment": True, "crop_scale_min": 0.08}
 _PILAMIM = _PAPER | {"learning_rate": [3.0], "num_train_epochs": 100}
-_MAE = _PAPER | {"base_learning_rate": [0.1], "num_train_epochs": 90, "batch_size": 16384}
+_MAE = _PAPER | {"base_learning_rate": [0.1], "num_train_epochs": 90, "warmup_epochs": 10, "batch_size": 16384}
 PRESETS = {
     # Minutes on a CPU.
     "tiny": {
         "learning_rate": [1.0, 3.0, 10.0, 30.0, 100.0],
         "num_train_epochs": 30,
-        "warmup_epochs": 3,
         "batch_size": 256,
         "augment": False,
     },
@@ -88,7 +87,9 @@ class ProbeArguments(ViTTrainingArguments):
         metadata={"help": "Peak learning rates per 256 pictures; not used if learning_rate is given."},
     )
     num_train_epochs: int = field(default=90, metadata={"help": "Passes over the training pictures."})
-    warmup_epochs: float = field(default=10, metadata={"help": "Linear warm-up in epochs."})
+    warmup_epochs: float | None = field(
+        default=None, metadata={"help": "Linear warm-up in epochs. Default: a tenth of num_train_epochs."}
+    )
     momentum: float = field(default=0.9, metadata={"help": "LARS' momentum."})
     weight_decay: float = field(default=0.0, metadata={"help": "LARS' weight decay, of the weights."})
     per_device_train_batch_size: int = field(
@@ -111,10 +112,12 @@ class ProbeArguments(ViTTrainingArguments):
                 f"--batch_size must be at least 2 and --num_train_epochs at least 1, got {self.batch_size} and "
                 f"{self.num_train_epochs}."
             )
+        if self.warmup_epochs is None:
+            self.warmup_epochs = self.num_train_epochs / 10
         if not 0 <= self.warmup_epochs < self.num_train_epochs:
             raise ValueError(
                 f"--warmup_epochs must be at least 0 and below --num_train_epochs ({self.num_train_epochs}), got "
-                f"{self.warmup_epochs}."
+                f"{self.warmup_epochs} (of the preset {self.preset}, where it was not given)."
             )
         if self.max_steps > 0:
             raise ValueError("The probe is counted in epochs: give --num_train_epochs instead of --max_steps.")

@@ -21,7 +21,7 @@ from ..evaluation.pictures import draw_loss_curves, draw_shares
 from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features, results_table, text_table
 from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
-from ..registry import METHODS, MODEL_TYPES, method_class
+from ..registry import METHODS, method_class, method_name
 from ..training.arguments import MIMTrainingArguments
 from ..training.building import build_config, build_model, describe_frozen, load_pretraining_model
 from ..training.callbacks import LogReconstructions, SaveOnInterrupt
@@ -58,9 +58,9 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     if data_args.streaming and any(args.max_steps <= 0 for args in stages):
         raise ValueError("--streaming data has no length, so give --max_steps (and --warmup_steps, not epochs).")
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
-    describe_frozen(model_args, config)
+    describe_frozen(model_args, config, data_args.num_channels)
     first, checkpoint = where_to_start(stages, config)
-    data_args.image_size = list(as_pair(config.image_size))
+    data_args = data_args.for_model(config)
     # One process draws or converts, the others find it in the cache.
     with PartialState().main_process_first():
         pictures = load_pictures(data_args, seed=training_args.seed)
@@ -304,7 +304,7 @@ def describe_stage(trainer: MIMTrainer, pictures: PictureSplits) -> str:
     precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     (height, width), (patch_height, patch_width) = as_pair(model.config.image_size), as_pair(model.config.patch_size)
     return (
-        f"{stage}{MODEL_TYPES[model.config.model_type]}: {count_parameters(model)}; {describe_data(pictures)} of "
+        f"{stage}{method_name(model.config.model_type)}: {count_parameters(model)}; {describe_data(pictures)} of "
         f"{height} x {width} pixels, in patches of {patch_height} x {patch_width}; effective batch "
         f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {precision} on {args.device}."
     )

@@ -14,7 +14,7 @@ from ..hub.vit import encoder_from_vit
 from ..models.vit.configuration_vit import as_pair
 from ..models.vit.frozen import describe_config, load_quietly, read_description, read_source
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
-from ..registry import BASELINES, ENCODER, METHODS, method_class
+from ..registry import BASELINES, ENCODER, METHODS, method_class, method_name
 from .command import ClassifierArguments, ModelArguments
 from .presets import preset_config
 
@@ -41,16 +41,17 @@ _ENCODER_FIELDS = (
 )
 
 
-def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_channels: int):
+def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_channels: int | None):
     """
     The method's config by preset and flags; with `model_name_or_path`, the encoder's fields are those of the weights,
-    and all are where the weights are of the same method.
+    and all are where the weights are of the same method. Sizes and channels that are None are those of the weights,
+    else the preset's and 3.
 
     Raises:
         ValueError: If a name is unknown or sizes do not fit.
     """
     settings = preset_config(args.model_type, args.preset, image_size, args.patch_size)
-    settings["num_channels"] = num_channels
+    settings["num_channels"] = 3 if num_channels is None else num_channels
     config_class = method_class(args.model_type, "Config")
     chosen = parse_overrides(args.config_overrides)
     unknown = sorted(set(chosen) - set(config_class().to_dict()))
@@ -62,8 +63,7 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
         chosen["mask_ratio"] = args.mask_ratio
     if args.model_name_or_path is not None:
         given = _fields_of_weights(args.model_name_or_path, args.model_type)
-        sizes = {} if image_size is None else {"image_size": list(image_size)}
-        _check_asked_for(args.model_name_or_path, given, {"num_channels": num_channels} | sizes | chosen)
+        _check_asked_for(args.model_name_or_path, given, _sizes_asked_for(image_size, num_channels) | chosen)
         # The baseline has not all fields that the methods share.
         known = {field.name for field in fields(config_class)}
         settings |= {name: value for name, value in given.items() if name in known}
@@ -73,9 +73,10 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
         raise ValueError(f"The network's config: {' '.join(str(error).split())}") from error
 
 
-def describe_frozen(args: ModelArguments, config) -> None:
+def describe_frozen(args: ModelArguments, config, num_channels: int | None) -> None:
     """
-    Writes into a method's config which trained network it learns from.
+    Writes into a method's config which trained network it learns from, and that network's channels where the flags
+    name none.
 
     Raises:
         ValueError: If the flag that names it is missing, or names what cannot be learnt from.
@@ -85,26 +86,33 @@ def describe_frozen(args: ModelArguments, config) -> None:
         path = getattr(args, flag)
         if model_type != args.model_type:
             if path is not None:
-                raise ValueError(f"--{flag} is of {METHODS[model_type]}; --model_type is {args.model_type}.")
+                raise ValueError(f"--{flag} is of {method_name(model_type)}; --model_type is {args.model_type}.")
         elif path is not None:
             check_there(path, flag)
             try:
                 frozen, mean, std = read_description(path)
             except (OSError, ValueError) as error:
                 raise ValueError(f"--{flag} {path}: {error}") from error
+            if num_channels is None and args.model_name_or_path is None:
+                config.num_channels = frozen.num_channels
             if frozen.num_channels != config.num_channels:
                 raise ValueError(
                     f"--{flag} {path} takes pictures of {frozen.num_channels} channels; these have "
-                    f"{config.num_channels}. Pass --num_channels {frozen.num_channels}, or choose another network."
+                    f"{config.num_channels}. Leave --num_channels out, or choose another network."
                 )
             setattr(config, f"{name}_config", describe_config(frozen))
             setattr(config, f"{name}_image_mean", mean)
             setattr(config, f"{name}_image_std", std)
         elif not optional and args.model_name_or_path is None:
             raise ValueError(
-                f"{METHODS[model_type]} learns from a trained network: give --{flag}, a folder or a name on the Hub "
-                "(a ViT with [CLS]: of hf_mim, ViT, ViTMAE, DINOv2, DINOv3 or CLIP)."
+                f"{method_name(model_type)} learns from a trained network: give --{flag}, a folder or a name on the "
+                "Hub (a ViT with [CLS]: of hf_mim, ViT, ViTMAE, DINOv2, DINOv3 or CLIP)."
             )
+
+
+def _sizes_asked_for(image_size: tuple[int, int] | None, num_channels: int | None) -> dict:
+    asked = {"image_size": image_size, "num_channels": num_channels}
+    return {name: value for name, value in asked.items() if value is not None}
 
 
 def _check_asked_for(path: str, given: dict, asked: dict) -> None:
@@ -113,13 +121,12 @@ def _check_asked_for(path: str, given: dict, asked: dict) -> None:
             as_pair(value) if name in ("image_size", "patch_size") else value for value in (given[name], asked[name])
         )
         if there != here:
-            fix = f"Pass --{name} {there}" if name == "num_channels" else f"Leave {name} out of the flags"
-            raise ValueError(f"{name}: {here} is asked for, and {path} has {there}. {fix}.")
+            raise ValueError(f"{name}: {here} is asked for, and {path} has {there}. Leave {name} out of the flags.")
 
 
-def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, int] | None, num_channels: int):
+def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, int] | None, num_channels: int | None):
     """
-    The config of the classifier to be fine-tuned, still without its labels.
+    The config of the classifier to be fine-tuned, still without its labels. Sizes and channels as in `build_config`.
 
     A ViTMAE, which transformers has no classifier for, becomes a `masked_vit`, and so does a stock ViT that is to pool
     by the mean; every other model stays what it is.
@@ -141,8 +148,7 @@ def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, in
         given = {name: getattr(config, name, None) for name in ("image_size", "num_channels", "num_hidden_layers")}
         if not isinstance(given["num_hidden_layers"], int) or given["image_size"] is None:
             raise ValueError(f"{path} ({config.model_type}) is no Vision Transformer of one width and a fixed size.")
-        sizes = {} if image_size is None else {"image_size": list(image_size)}
-        _check_asked_for(path, given, {"num_channels": num_channels} | sizes)
+        _check_asked_for(path, given, _sizes_asked_for(image_size, num_channels))
     if config.model_type in METHODS | ENCODER:
         trained = any("ImageClassification" in name for name in config.architectures or ())
         config.pooling = args.pooling or (config.pooling if trained else "mean")
@@ -241,8 +247,8 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
         name, optional = _FROZEN[args.model_type]
         if not optional and any(key.startswith(f"{name}.") for key in missing):
             raise ValueError(
-                f"{args.model_name_or_path} does not hold the network that {METHODS[args.model_type]} learns from. "
-                f"Give --{name}_model_name_or_path too."
+                f"{args.model_name_or_path} does not hold the network that {method_name(args.model_type)} learns "
+                f"from. Give --{name}_model_name_or_path too."
             )
     return model
 

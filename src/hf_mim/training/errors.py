@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from accelerate import PartialState
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -20,6 +21,10 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 def run_job(job: Callable[[], int]) -> int:
     """Runs what a script does, says in a line what the user can mend, and returns the exit status."""
+    if not are_progress_bars_disabled():
+        # A bar for each file of weights would fall between the training's own; downloads keep theirs.
+        logging.disable_progress_bar()
+        enable_progress_bars()
     try:
         status = job()
         # Left to the interpreter's end, the wrapped model's gloo threads now and then abort the process (torch 2.15).

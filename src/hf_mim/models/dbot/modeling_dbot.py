@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.frozen import FrozenSource, build_frozen, load_source, read_source, student_config
@@ -16,8 +16,6 @@ from ..vit.modeling_vit import (
     MaskedViTModel,
 )
 from .configuration_dbot import DBOTConfig
-
-logger = logging.get_logger(__name__)
 
 # What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
 _BESIDES_ENCODER = [r"^teacher\.", r"^decoder\.", r"^classifier\."]
@@ -100,11 +98,6 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
         model = super().next_stage()
         model.take_source(read_source(self.encoder))
         return model
-
-    def fill_missing(self, missing: set[str]) -> set[str]:
-        if any(name.startswith("teacher.") for name in missing):
-            logger.warning("The checkpoint has no teacher: DBOTForPreTraining.from_teacher takes a trained one.")
-        return missing
 
     @can_return_tuple
     def forward(

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.frozen import (
@@ -30,8 +30,6 @@ from ..vit.modeling_vit import (
     build_layers,
 )
 from .configuration_tec import TECConfig
-
-logger = logging.get_logger(__name__)
 
 # What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
 _BESIDES_ENCODER = [r"^base\.", r"^decoder\.", r"^encoder_adapter\.", r"^classifier\."]
@@ -282,11 +280,6 @@ class TECForPreTraining(MaskedViTForPreTraining):
                 f"initialize_from_base needs a base of the student's own sizes and kind (ViT, ViTMAE or hf_mim's); "
                 f"this one, {self.base.config.model_type or 'a plain ViT'}, does not fit. {error}"
             ) from error
-
-    def fill_missing(self, missing: set[str]) -> set[str]:
-        if any(name.startswith("base.") for name in missing):
-            logger.warning("The checkpoint has no base model: TECForPreTraining.from_base takes a trained one.")
-        return missing
 
     @can_return_tuple
     @filter_output_hidden_states
