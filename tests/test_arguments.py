@@ -118,7 +118,7 @@ class TestRecipes:
         assert training.per_device_train_batch_size == small["per_device_train_batch_size"]
         assert training.weight_decay == 0.2
         assert training.adam_beta2 == 0.95
-        assert data.crop_scale_min == 0.2
+        assert data.crop_scale_min == 0.8
 
     def test_preset_of_a_flag_beats_the_recipes(self, tmp_path):
         model, _, training = parse(recipe(tmp_path, "preset: small"), "--preset", "tiny", tmp_path=tmp_path)
@@ -156,8 +156,23 @@ class TestRecipes:
         assert by_json[1].image_size == [32, 64] and by_json[2].max_steps == 7
 
     def test_null_is_the_default(self, tmp_path):
-        data = parse(recipe(tmp_path, "preset: tiny\ncrop_scale_min: null"), tmp_path=tmp_path)[1]
-        assert data.crop_scale_min == 0.2 != preset_training("tiny", "pilamim")["crop_scale_min"]
+        training = parse(recipe(tmp_path, "preset: tiny\nlogging_steps: null"), tmp_path=tmp_path)[2]
+        assert training.logging_steps == 50 != preset_training("tiny", "pilamim")["logging_steps"]
+
+    def test_crops_are_smaller_of_other_pictures_than_the_scenes(self, tmp_path):
+        assert parse(tmp_path=tmp_path)[1].crop_scale_min == 0.8
+        assert parse("--train_dir=a", tmp_path=tmp_path)[1].crop_scale_min == 0.2
+        assert parse("--dataset_name=a", tmp_path=tmp_path)[1].crop_scale_min == 0.2
+
+    def test_held_out_pictures_come_in_batches_of_training(self, tmp_path):
+        training = parse("--model_type=ocl", "--per_device_train_batch_size=6", tmp_path=tmp_path)[2]
+        assert training.per_device_eval_batch_size == 6
+        assert parse("--per_device_eval_batch_size=3", tmp_path=tmp_path)[2].per_device_eval_batch_size == 3
+
+    def test_one_process_uses_one_gpu(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(MIMTrainingArguments, "n_gpu", property(lambda args: args.__dict__.get("_n_gpu") or 4))
+        training = parse("--per_device_train_batch_size=6", tmp_path=tmp_path)[2]
+        assert training.n_gpu == 1 and training.train_batch_size == 6
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -398,7 +413,9 @@ class TestPlainMessages:
         assert plain_message(raised(trainer(ConnectionResetError(104, "reset")).train)) is None
         full = OSError(28, "No space left on device", "events.out")
         assert plain_message(raised(trainer(full).train)) == "[Errno 28] No space left on device: 'events.out'"
-        assert plain_message(raised(trainer(BrokenPictureError("a.png: empty")).train)) == "a.png: empty"
+        assert plain_message(raised(trainer(BrokenPictureError("a.png: empty.")).train)) == (
+            "a.png: empty. Remove it, or pass --skip_broken_images to leave such pictures out."
+        )
         few = tiny_trainer(tmp_path, per_device_train_batch_size=64)
         assert "20 pictures, fewer than the 64" in plain_message(raised(few.train))
 

@@ -576,6 +576,15 @@ def test_torchvision(tmp_path):
     assert splits.validation.name(1) == "row 1 of torchvision:CIFAR10 False"
 
 
+def test_torchvision_broken_picture(tmp_path):
+    make_folder(tmp_path)
+    pictures = load_pictures(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path)).train
+    for path in tmp_path.rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(BrokenPictureError, match="picture 0 of ImageFolder"):
+        pictures[0]
+
+
 def test_torchvision_idx(tmp_path):
     (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
     arrays = make_idx(tmp_path / "FashionMNIST" / "raw")

@@ -179,11 +179,11 @@ def test_float_colour_tiff_that_pil_refuses(tmp_path):
     assert np.array_equal(read_picture(tmp_path / "a.tif").numpy(), array.transpose(2, 0, 1))
 
 
-def test_multiband_tiff_without_tifffile_names_the_extra(tmp_path, monkeypatch):
+def test_multiband_tiff_without_tifffile_says_what_to_install(tmp_path, monkeypatch):
     tifffile = pytest.importorskip("tifffile")
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 8, 8), dtype=np.uint8), photometric="minisblack")
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(ImportError, match=r"pip install \"hf_mim\[tiff\]\""):
+    with pytest.raises(ImportError, match=r"pip install tifffile imagecodecs"):
         read_picture(tmp_path / "a.tif", 5)
 
 

@@ -136,3 +136,8 @@ def test_loss_curves_are_drawn_when_there_is_something_to_draw(tmp_path):
     history.append({"eval_loss": 1.0, "eval_loss_pixel": 0.5, "step": 3})
     assert draw_loss_curves(history, path)
     assert np.asarray(Image.open(path).convert("L")).std() > 5
+
+
+def test_knn_without_neighbours():
+    with pytest.raises(ValueError, match="k is 0"):
+        knn_predict(torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(1, 3), k=0)

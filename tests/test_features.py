@@ -11,14 +11,20 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
     Dinov2Config,
     Dinov2Model,
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    IJepaConfig,
+    IJepaModel,
     ResNetConfig,
     ResNetModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
@@ -151,8 +157,33 @@ class TestEncoders:
 
     def test_no_cls(self):
         config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
-        with pytest.raises(ValueError, match="expected 65 tokens"):
+        with pytest.raises(ValueError, match="expected 64 tokens and at most 2 before"):
             FeatureEncoder(SwinModel(config).eval()).features(torch.zeros(1, 3, 32, 32), ["cls"])
+
+    @pytest.mark.parametrize(
+        ("model_class", "config_class"), [(IJepaModel, IJepaConfig), (SiglipVisionModel, SiglipVisionConfig)]
+    )
+    def test_patches_alone(self, model_class, config_class, tmp_path):
+        torch.manual_seed(0)
+        model_class(config_class(**VIT)).save_pretrained(tmp_path)
+        encoder = load_encoder(tmp_path)
+        pixel_values = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            tokens = model_class.from_pretrained(tmp_path).eval()(pixel_values).last_hidden_state
+        torch.testing.assert_close(encoder.features(pixel_values, ["mean"])["mean"], tokens.mean(dim=1))
+        torch.testing.assert_close(encoder.patches(pixel_values), tokens.unflatten(1, (4, 4)))
+        assert encoder.cls_attention(pixel_values) is None
+        with pytest.raises(ValueError, match="has no .CLS., which pooling cls reads: use mean"):
+            encoder.features(pixel_values, ["cls"])
+
+    def test_two_tokens_before_the_patches(self, tmp_path):
+        DeiTModel(DeiTConfig(**VIT)).save_pretrained(tmp_path)
+        encoder = load_encoder(tmp_path)
+        pixel_values = torch.randn(2, 3, 16, 16)
+        tokens = encoder.model(pixel_values).last_hidden_state.detach()
+        found = encoder.features(pixel_values, ["cls", "mean"])
+        torch.testing.assert_close(found["cls"], tokens[:, 0])
+        torch.testing.assert_close(found["mean"], tokens[:, 2:].mean(dim=1))
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(ValueError, match="cannot be loaded"):

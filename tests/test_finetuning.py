@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 import hf_mim
 from hf_mim.data.arguments import DataArguments
 from hf_mim.data.finetuning import FineTuningTransform, LabelledDataset, MixingCollator
+from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.sources import PictureDataset
 from hf_mim.evaluation.robustness import match_classes
 from hf_mim.jobs import finetuning
@@ -230,6 +232,7 @@ class TestLearningRates:
             ("encoder.layers.0.mlp.fc1.weight", 1),
             ("vit.layers.11.attention.q_proj.bias", 12),
             ("dinov2.encoder.layer.3.norm1.weight", 4),
+            ("encoder.embeddings.cls_adapter.fc1.weight", 13),
             ("encoder.layernorm.weight", 13),
             ("classifier.weight", 13),
         ],
@@ -441,6 +444,16 @@ class TestScript:
         assert model.classifier.weight.abs().max() < 1e-4 and not model.classifier.bias.any()
         assert all(parameter.requires_grad for parameter in model.parameters())
 
+    def test_normalises_as_the_weights_were_trained(self, data, pretrained, tmp_path):
+        shutil.copytree(pretrained, tmp_path / "source")
+        build_image_processor((16, 16), 3, [0.1, 0.2, 0.3], [0.5] * 3).save_pretrained(tmp_path / "source")
+        flags = [f"--model_name_or_path={tmp_path / 'source'}", "--eval_strategy=no"]
+        assert fine_tune(data, tmp_path / "a", *flags) == 0
+        assert json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())["image_mean"] == [0.1, 0.2, 0.3]
+        given = ["--image_mean", "0", "0", "0", "--image_std", "1", "1", "1"]
+        assert fine_tune(data, tmp_path / "b", *flags, *given) == 0
+        assert json.loads((tmp_path / "b" / "preprocessor_config.json").read_text())["image_mean"] == [0, 0, 0]
+
     @pytest.mark.parametrize("labels", [NAMES, ["cat", "dog", "fish"], ["cat", "dog"]])
     def test_head_of_a_classifier(self, data, tmp_path, monkeypatch, labels):
         names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
@@ -624,6 +637,8 @@ class TestBadInput:
             (["--num_channels=1"], "num_channels: 1 is asked for"),
             (["--config_overrides=hidden_size=8"], "for untrained networks"),
             (["--streaming", "--dataset_name=a", "--train_dir="], "leave --streaming out|streaming"),
+            (["--preset=bsae"], "preset is 'bsae'; expected one of tiny, small"),
+            (["--robustness_sets", "a=/x", "a=/y"], "a name twice: a=/x a=/y"),
         ],
     )
     def test_is_said_before_training(self, data, pretrained, tmp_path, monkeypatch, capsys, flags, message):
@@ -641,6 +656,26 @@ class TestBadInput:
         flags = [f"--model_name_or_path={pretrained}", f"--robustness_sets=a={tmp_path / 'other'}"]
         assert fine_tune(data, tmp_path / "out", *flags) == 1
         assert "1 of 2 classes are no labels of the model: cat" in capsys.readouterr().err
+
+    def test_broken_picture_of_a_robustness_set(self, data, pretrained, tmp_path, capsys):
+        other = write_classes(tmp_path / "other", NAMES, 2)
+        (other / NAMES[1] / "1.png").write_bytes(b"broken")
+        flags = [f"--model_name_or_path={pretrained}", f"--robustness_sets=a={other}", "--eval_strategy=no"]
+        assert fine_tune(data, tmp_path / "out", *flags, "--save_strategy=no") == 1
+        err = capsys.readouterr().err
+        assert str(other / NAMES[1] / "1.png") in err and "--skip_broken_images" in err
+        # The classifier is not lost.
+        AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+        assert fine_tune(data, tmp_path / "again", *flags, "--skip_broken_images") == 0
+        assert "a" in json.loads((tmp_path / "again" / "results.json").read_text())["robustness"]
+
+    def test_resuming_with_other_classes(self, data, pretrained, tmp_path, capsys):
+        flags = [f"--model_name_or_path={pretrained}", "--eval_strategy=no", "--save_strategy=steps", "--save_steps=3"]
+        assert fine_tune(data, tmp_path / "out", *flags) == 0
+        others = write_classes(tmp_path / "others", ["cat", "dog", "fish"])
+        assert fine_tune(others, tmp_path / "out", *flags) == 1
+        err = capsys.readouterr().err
+        assert f"classes: {', '.join(NAMES)}, ... there, cat, dog, fish, ... here" in err
 
     @pytest.mark.parametrize(
         ("train", "validation", "message"),

@@ -153,7 +153,13 @@ class TestFlags:
             10,
             1024,
         )
-        assert args.augment and data_args.crop_scale_min == 0.08 and args.weight_decay == 0 and args.momentum == 0.9
+        assert (
+            args.augment
+            and data_args.crop_scale_min == 0.08
+            and not data_args.horizontal_flip
+            and args.weight_decay == 0
+            and args.momentum == 0.9
+        )
         args, _ = self.parse("--preset=tec")
         assert args.learning_rate == [0.1 * 16384 / 256] and args.num_train_epochs == 90
         args, _ = self.parse("--preset=pilamim", "--base_learning_rate", "0.1", "0.2")

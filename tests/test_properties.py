@@ -118,9 +118,14 @@ class TestEncoder:
         encoder = tiny_model("dbot", "Model")
         with pytest.raises(ValueError, match="no pictures"):
             encoder_properties(encoder, [])
-        with pytest.raises(ValueError, match="32 x 48"):
-            encoder_properties(encoder, [torch.zeros(1, 5, 32, 40)])
+        with pytest.raises(ValueError, match="33 x 48 pixels are not divisible"):
+            encoder_properties(encoder, [torch.zeros(1, 5, 33, 48)])
         assert encoder.config._attn_implementation != "eager"
+
+    def test_another_size(self):
+        encoder = tiny_model("dbot", "Model")
+        found = encoder_properties(encoder, [torch.randn(2, 5, 32, 64, generator=torch.Generator().manual_seed(0))])
+        assert found["attention_distance"].isfinite().all()
 
     def test_drawings(self, tmp_path):
         encoder = tiny_model("dbot", "Model")

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
@@ -161,6 +162,42 @@ def test_report_of_three_models(folder, models, tmp_path, capsys):
     assert list(json.loads((out / "report.json").read_text())["features"]) == ["whole, [CLS]", "whole, mean"]
 
 
+def test_pictures_of_another_size_and_too_few_for_tsne(folder, models, tmp_path, capsys):
+    out = tmp_path / "report"
+    given = [f"--model_names_or_paths={models / 'whole'}", "--image_size=24", "--max_tested=4", "--references=false"]
+    assert main(flags(folder, out, *given)) == 0
+    found = json.loads((out / "report.json").read_text())
+    assert len(found["properties"]["whole"]["attention_distance"]) == 2 and "tsne.png" not in found["pictures"]
+    assert "t-SNE is left out" in capsys.readouterr().out
+
+
+def test_model_without_cls(folder, tmp_path, capsys):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    transformers.IJepaModel(transformers.IJepaConfig(image_size=16, patch_size=4, **sizes)).save_pretrained(
+        tmp_path / "jepa"
+    )
+    given = [f"--model_names_or_paths={tmp_path / 'jepa'}", "--references=false"]
+    assert main(flags(folder, tmp_path / "out", *given)) == 1
+    assert "has no [CLS], which pooling cls reads: use mean" in capsys.readouterr().err
+    assert main(flags(folder, tmp_path / "out", *given, "--poolings=mean")) == 0
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "attention.png" not in found["pictures"] and "patch_pca.png" in found["pictures"]
+
+
+def test_numbers_are_kept_when_drawing_fails(folder, models, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device", "scores.png")
+
+    monkeypatch.setattr("hf_mim.jobs.representation_report.draw_scores", full)
+    given = [f"--model_names_or_paths={models / 'whole'}", "--references=false"]
+    assert main(flags(folder, tmp_path / "out", *given)) == 1
+    assert list(json.loads((tmp_path / "out" / "report.json").read_text())["features"]) == [
+        "whole, [CLS]",
+        "whole, mean",
+    ]
+
+
 def test_pictures_without_labels(models, tmp_path):
     unlabelled = write_pictures(tmp_path / "unlabelled", 12)
     out = tmp_path / "report"
@@ -231,4 +268,4 @@ class TestMistakes:
     def test_scikit_learn_is_missing(self, folder, models, tmp_path, capsys, monkeypatch):
         monkeypatch.setitem(sys.modules, "sklearn.manifold", None)
         assert main(flags(folder, tmp_path / "out", f"--model_names_or_paths={models / 'whole'}")) == 1
-        assert 'pip install "hf_mim[viz]"' in capsys.readouterr().err
+        assert "pip install scikit-learn" in capsys.readouterr().err

@@ -10,10 +10,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
+from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTMAEConfig, ViTMAEForPreTraining, ViTModel
 
 import hf_mim
+from hf_mim.data.image_processing import build_image_processor
 from hf_mim.hub.vit import encoder_from_vit
 from hf_mim.jobs.pretraining import main
 from hf_mim.models.vit.position import sincos_position_table
@@ -171,6 +173,17 @@ class TestRun:
         assert all(value.isfinite().all() for value in model.state_dict().values())
         assert not (tmp_path / "model.safetensors").exists()
 
+    def test_saved_processor_reads_16_bits_as_training_did(self, tmp_path):
+        (tmp_path / "deep").mkdir()
+        values = np.random.default_rng(0).integers(0, 65536, (12, 16, 16), dtype=np.uint16)
+        for number, picture in enumerate(values):
+            Image.fromarray(picture).save(tmp_path / "deep" / f"{number}.png")
+        assert pretrain(tmp_path / "deep", tmp_path / "out", "--num_train_epochs=1") == 0
+        processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+        found = processor(Image.open(tmp_path / "deep" / "0.png"), return_tensors="pt")["pixel_values"][0]
+        mean, std = (torch.tensor(getattr(processor, name))[:, None, None] for name in ("image_mean", "image_std"))
+        torch.testing.assert_close(found, (torch.from_numpy(values[0] / 65535).float() - mean) / std)
+
     def test_rectangles_of_one_channel(self, tmp_path):
         pictures = tmp_path / "pictures"
         pictures.mkdir()
@@ -279,6 +292,16 @@ class TestContinuing:
         said = caplog.text + "".join(capfd.readouterr())
         assert ("starts as a copy of the encoder" in said) is bool(new)
         assert all(name in said for name in new)
+
+    def test_normalises_as_before_and_in_float32(self, folder, tmp_path, monkeypatch):
+        hf_mim.PiLaMIMForPreTraining(tiny_config()).to(torch.bfloat16).save_pretrained(tmp_path / "source")
+        build_image_processor((16, 16), 3, [0.1, 0.2, 0.3], [0.5] * 3).save_pretrained(tmp_path / "source")
+        flags = [f"--model_name_or_path={tmp_path / 'source'}", "--max_steps=1"]
+        assert pretrain(folder, tmp_path / "out", *flags) == 0
+        settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+        assert settings["image_mean"] == [0.1, 0.2, 0.3] and settings["image_std"] == [0.5] * 3
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert {value.dtype for value in weights.values()} == {torch.float32}
 
     def test_wrong_size(self, folder, tmp_path, capsys):
         save_vit(tmp_path / "source")

@@ -9,6 +9,7 @@ import numpy as np
 
 from .arguments import TORCHVISION_PREFIX
 from .clevr import with_clevr_tasks
+from .pictures import BrokenPictureError
 from .sources import PictureDataset, PictureStream, check_folder
 
 VALIDATION_SPLITS = ("validation", "valid", "val", "test")
@@ -288,5 +289,8 @@ class _FirstOfEach:
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        item = self.dataset[index]
+        try:
+            item = self.dataset[index]
+        except (OSError, SyntaxError) as error:  # what PIL raises of a damaged file
+            raise BrokenPictureError(f"picture {index} of {type(self.dataset).__name__}: {error}") from error
         return item[0] if isinstance(item, tuple) else item

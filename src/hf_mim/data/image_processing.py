@@ -92,7 +92,14 @@ def _as_list(images) -> list:
     return [images]
 
 
-def build_image_processor(image_size: tuple[int, int], num_channels: int, mean: Sequence[float], std: Sequence[float]):
+def build_image_processor(
+    image_size: tuple[int, int],
+    num_channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    floating_point: bool = False,
+):
     """The processor for a model of this input.
 
     A square picture is resized by its shorter edge and cropped in the middle: to the size itself below 128 pixels, to
@@ -102,9 +109,11 @@ def build_image_processor(image_size: tuple[int, int], num_channels: int, mean: 
         image_size (`tuple[int, int]`): height and width.
         num_channels (`int`): channels of the model's input.
         mean, std: one number per channel, for values from 0 to 1.
+        floating_point (`bool`): whether `read_picture` gives floats of these pictures, as of 16 bits.
 
     Returns:
-        `BitImageProcessor` or `ViTImageProcessor` for three channels, else `MIMImageProcessor`.
+        `BitImageProcessor` or `ViTImageProcessor` for pictures of 8 bits and three channels; else `MIMImageProcessor`,
+        since those of transformers cut 16 bits and floats off at 255.
     """
     if not len(mean) == len(std) == num_channels:
         raise ValueError(
@@ -122,7 +131,7 @@ def build_image_processor(image_size: tuple[int, int], num_channels: int, mean: 
     if square:
         settings["size"] = {"shortest_edge": round(height / 0.875) if height >= 128 else height}
         settings["crop_size"] = {"height": height, "width": width}
-    if num_channels != 3:
+    if num_channels != 3 or floating_point:
         return MIMImageProcessor(num_channels=num_channels, do_center_crop=square, **settings)
     if square:
         return BitImageProcessor(do_convert_rgb=True, **settings)

@@ -192,7 +192,10 @@ def check_pictures(pictures: PictureDataset | PictureStream, *, skip_broken: boo
         readable = _read(pictures, range(len(pictures)), skip_broken)
     first = next(readable, None)
     if first is None:
-        raise ValueError(f"{pictures.source} holds no picture that can be read.")
+        hint = (
+            " Of a stream the first are held out: --max_eval_samples." if isinstance(pictures, PictureStream) else ""
+        )
+        raise ValueError(f"{pictures.source} holds no picture that can be read.{hint}")
     return first
 
 
@@ -239,8 +242,18 @@ def _read(pictures: PictureDataset, indices, skip_broken: bool):
                 raise
 
 
-def resolve_mean_std(args: DataArguments, pictures: PictureDataset | PictureStream) -> tuple[list[float], list[float]]:
-    """The mean and standard deviation that the flags ask for: given, ImageNet's, or computed."""
+def resolve_mean_std(
+    args: DataArguments,
+    pictures: PictureDataset | PictureStream,
+    trained: tuple[list[float] | None, list[float] | None] = (None, None),
+) -> tuple[list[float], list[float]]:
+    """
+    The mean and standard deviation that the flags ask for: given, or computed. Where they do not say: what the weights
+    were `trained` with, if that is known; else ImageNet's for 3 channels, computed for any other number.
+    """
+    if args.image_mean is None and trained[0] is not None:
+        # One number for all channels, or one each.
+        return tuple(list(values) * (pictures.num_channels // len(values)) for values in trained)
     if args.image_mean is None and pictures.num_channels == 3:
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     computed = (None, None)

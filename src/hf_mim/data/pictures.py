@@ -139,7 +139,7 @@ def _decode(data: bytes, num_channels: int, name: str):
 
 
 def _decode_tiff(data: bytes) -> np.ndarray:
-    advice = 'Multiband TIFF needs two more packages: pip install "hf_mim[tiff]".'
+    advice = "Multiband TIFF needs two more packages: pip install tifffile imagecodecs."
     try:
         import tifffile
     except ImportError as error:

@@ -75,6 +75,10 @@ class PretrainingDataset(Dataset):
         """Indices of the broken pictures met so far by this process and its workers (`skip_broken` only)."""
         return [] if self._broken is None else self._broken.nonzero().flatten().tolist()
 
+    @property
+    def num_broken(self) -> int:
+        return len(self.broken_indices)
+
     def _read(self, index: int) -> tuple[int, torch.Tensor]:
         """The picture, and where it stands: another place where it takes that of a broken one."""
         if self._broken is None:
@@ -113,6 +117,10 @@ class StreamingPretrainingDataset(IterableDataset):
         self.transform = transform
         self.rank = rank
         self.num_processes = num_processes
+
+    @property
+    def num_broken(self) -> int:
+        return self.pictures.num_broken
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         worker = get_worker_info()

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils.data import Dataset, get_worker_info
+from transformers.utils import logging
 
 from .pictures import PICTURE_EXTENSIONS, BrokenPictureError, read_picture
+
+logger = logging.get_logger(__name__)
 
 
 class PictureDataset(Dataset):
@@ -142,11 +145,12 @@ class PictureStream:
         for row, example in enumerate(self.stream):
             try:
                 picture = read_picture(self._value(example), self.num_channels, name=self._name(row, example))
-            except BrokenPictureError:
+            except BrokenPictureError as error:
                 if not self.skip_broken:
                     raise
                 if self._epoch == 0:
                     self._num_broken[worker.id if worker else 0] += 1
+                    logger.warning("Skipped a broken picture: %s", error)
                 continue
             yield picture
 
@@ -186,7 +190,8 @@ class FilePictures:
         return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
 
     def fingerprint(self, rows: np.ndarray) -> str:
-        digest = hashlib.sha256()
+        # Two trees of the same names may have the same sizes and times.
+        digest = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
         for row in rows:
             status = os.stat(self[row])
             digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode() + bytes(self.paths[row]) + b"\0")

@@ -1,4 +1,4 @@
-"""Any Vision Transformer with a [CLS] token, seen alike: pooled features and attention of pictures."""
+"""Any Vision Transformer, seen alike: pooled features and attention of pictures."""
 
 import hashlib
 import inspect
@@ -46,9 +46,9 @@ def blocks_read(pooling: str) -> int:
 
 class FeatureEncoder:
     """
-    A Vision Transformer with [CLS] first, then registers if it has them, then the patches: hf_mim's (its ViTMAE too,
-    which hides nothing unless asked), and transformers' ViT, DINOv2 and DINOv3 with or without registers, and CLIP's
-    vision tower.
+    A Vision Transformer with the patches last, and before them [CLS], registers and the like, or nothing: hf_mim's
+    (its ViTMAE too, which hides nothing unless asked), and transformers' ViT, DeiT, DINOv2 and DINOv3 with or without
+    registers, I-JEPA, and the vision towers of CLIP and SigLIP.
 
     Args:
         model (`PreTrainedModel`): In eval mode, if its features are to be those of an evaluation.
@@ -62,13 +62,14 @@ class FeatureEncoder:
         if model.main_input_name != "pixel_values" or getattr(config, "patch_size", None) is None:
             raise ValueError(
                 f"{type(model).__name__} ({config.model_type}) is not a Vision Transformer: its config has no "
-                "patch_size. Expected a model of hf_mim, ViT, ViTMAE, DINOv2, DINOv3 or CLIP."
+                "patch_size. Expected a model of hf_mim, ViT, ViTMAE, DINOv2, DINOv3, CLIP or the like."
             )
         self.model = model
-        self.num_registers = getattr(config, "num_register_tokens", None) or 0
+        # [CLS], DeiT's distillation token, registers.
+        self._most_prefix = 2 + (getattr(config, "num_register_tokens", None) or 0)
         self._norm = next((getattr(model, name) for name in _FINAL_NORMS if hasattr(model, name)), None)
-        # CLIP gives its patches without the norm that its [CLS] goes through.
-        self._ends_with_norm = not hasattr(model, "post_layernorm")
+        # CLIP gives its patches without the norm that its [CLS] goes through; SigLIP gives them with it.
+        self._ends_with_norm = not hasattr(model, "post_layernorm") or config.model_type.startswith("siglip")
         self._parameters = inspect.signature(model.forward).parameters
 
     @property
@@ -90,14 +91,19 @@ class FeatureEncoder:
         if "interpolate_pos_encoding" in self._parameters:
             kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[2:]) != as_pair(config.image_size)
         outputs = self.model(pixel_values, return_dict=True, **kwargs)
-        shape, expected = tuple(outputs.last_hidden_state.shape), 1 + self.num_registers + rows * columns
-        if len(shape) != 3 or shape[1] != expected:
+        shape, patches = tuple(outputs.last_hidden_state.shape), rows * columns
+        if len(shape) != 3 or not patches <= shape[1] <= patches + self._most_prefix:
             raise ValueError(
                 f"{type(self.model).__name__} ({config.model_type}) gives an output of shape {shape} for {rows} x "
-                f"{columns} patches; expected {expected} tokens: [CLS], {self.num_registers} registers and the "
-                "patches. It is not a Vision Transformer with a [CLS] token that sees the whole picture."
+                f"{columns} patches; expected {patches} tokens and at most {self._most_prefix} before them. It is not "
+                "a Vision Transformer that sees the whole picture."
             )
         return outputs
+
+    def _num_prefix(self, tokens: torch.Tensor, pixel_values: torch.Tensor) -> int:
+        """How many tokens stand before the patches."""
+        rows, columns = self.grid(pixel_values)
+        return tokens.shape[1] - rows * columns
 
     def tokens(self, pixel_values: torch.Tensor, num_blocks: int = 1) -> list[torch.Tensor]:
         """
@@ -107,7 +113,7 @@ class FeatureEncoder:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised.
 
         Returns:
-            `list[torch.Tensor]`: each (batch_size, 1 + num_registers + num_patches, hidden_size).
+            `list[torch.Tensor]`: each (batch_size, prefix + num_patches, hidden_size).
 
         Raises:
             ValueError: If there are fewer blocks, or the output is not a Vision Transformer's.
@@ -135,12 +141,18 @@ class FeatureEncoder:
 
         Returns:
             By pooling, float32 `torch.Tensor` of shape `(batch_size, dim)`, on the model's device.
+
+        Raises:
+            ValueError: If a pooling wants [CLS] of a model that has none, or more blocks than there are.
         """
         tokens = self.tokens(pixel_values.to(self.device), max(blocks_read(pooling) for pooling in poolings))
+        num_prefix = self._num_prefix(tokens[-1], pixel_values)
         features = {}
         for pooling in poolings:
             if pooling == "mean":
-                features[pooling] = tokens[-1][:, 1 + self.num_registers :].float().mean(dim=1)
+                features[pooling] = tokens[-1][:, num_prefix:].float().mean(dim=1)
+            elif num_prefix == 0:
+                raise ValueError(f"{type(self.model).__name__} has no [CLS], which pooling {pooling} reads: use mean.")
             else:
                 features[pooling] = torch.cat([t[:, 0].float() for t in tokens[-blocks_read(pooling) :]], dim=1)
         return features
@@ -148,19 +160,26 @@ class FeatureEncoder:
     @torch.no_grad()
     def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch features (batch_size, rows, columns, hidden_size), float32, after the final norm."""
-        tokens = self.tokens(pixel_values.to(self.device))[-1][:, 1 + self.num_registers :]
+        tokens = self.tokens(pixel_values.to(self.device))[-1]
+        tokens = tokens[:, self._num_prefix(tokens, pixel_values) :]
         return tokens.float().unflatten(1, self.grid(pixel_values))
 
     @torch.no_grad()
-    def cls_attention(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Attention of the last block from [CLS] to the patches: (batch_size, heads, rows, columns), in [0, 1]."""
+    def cls_attention(self, pixel_values: torch.Tensor) -> torch.Tensor | None:
+        """
+        Attention of the last block from [CLS] to the patches: (batch_size, heads, rows, columns), in [0, 1]; None of a
+        model without [CLS].
+        """
         implementation = self.model.config._attn_implementation
         self.model.set_attn_implementation("eager")  # the others never form the weights
         try:
             outputs = self._run(pixel_values.to(self.device), output_attentions=True)
         finally:
             self.model.set_attn_implementation(implementation)
-        attention = outputs.attentions[-1][:, :, 0, 1 + self.num_registers :]
+        num_prefix = self._num_prefix(outputs.last_hidden_state, pixel_values)
+        if num_prefix == 0:
+            return None
+        attention = outputs.attentions[-1][:, :, 0, num_prefix:]
         return attention.float().unflatten(2, self.grid(pixel_values))
 
     def digest(self) -> str:
@@ -192,7 +211,7 @@ def load_encoder(path: str) -> FeatureEncoder:
     The encoder in a folder or in a repository of the Hub: float32, eval mode, with nothing masked.
 
     Raises:
-        ValueError: If nothing is there, or no Vision Transformer with a [CLS] token.
+        ValueError: If nothing is there, or no Vision Transformer.
     """
     try:
         config = AutoConfig.from_pretrained(path)

@@ -28,21 +28,23 @@ def knn_predict(
         `torch.LongTensor` of shape `(num_test,)`: predicted classes.
 
     Raises:
-        ValueError: If there are no training features, or not as many labels.
+        ValueError: If there are no training features, or not as many labels, or if `k` is below 1.
     """
     if len(train_features) == 0 or len(train_features) != len(train_labels):
         raise ValueError(
             f"k-NN needs training features with one label each; got {len(train_features)} and {len(train_labels)}."
         )
+    if k < 1:
+        raise ValueError(f"k is {k}; expected at least 1.")
     train = nn.functional.normalize(train_features.float(), dim=1)
     num_classes = int(train_labels.max()) + 1
     predictions = []
     for chunk in test_features.split(chunk_size):
         similarity, neighbours = (nn.functional.normalize(chunk.float(), dim=1) @ train.T).topk(min(k, len(train)))
-        votes = torch.zeros(len(chunk), num_classes)
+        votes = similarity.new_zeros(len(chunk), num_classes)
         votes.scatter_add_(1, train_labels[neighbours], (similarity / temperature).exp())
         predictions.append(votes.argmax(dim=1))
-    return torch.cat(predictions) if predictions else torch.empty(0, dtype=torch.long)
+    return torch.cat(predictions) if predictions else train_labels.new_empty(0)
 
 
 def knn_accuracy(train_features, train_labels, test_features, test_labels, **kwargs) -> float:

@@ -3,6 +3,7 @@ What an encoder's blocks do, as dBOT's authors look at it: how far each head's a
 tokens' features a few directions hold.
 """
 
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -102,11 +103,14 @@ def _sums_over_pictures(encoder, pixel_values: torch.Tensor, top: int) -> tuple[
     patch_size = as_pair(encoder.config.patch_size)
     grid = tuple(side // patch for side, patch in zip(pixel_values.shape[2:], patch_size, strict=True))
     num_patches = grid[0] * grid[1]
-    outputs = encoder(pixel_values, output_attentions=True, output_hidden_states=True)
+    kwargs = {"output_attentions": True, "output_hidden_states": True}
+    if "interpolate_pos_encoding" in inspect.signature(encoder.forward).parameters:
+        kwargs["interpolate_pos_encoding"] = tuple(pixel_values.shape[2:]) != as_pair(encoder.config.image_size)
+    outputs = encoder(pixel_values, **kwargs)
     attentions, hidden_states = outputs.attentions, outputs.hidden_states[1:]
-    if not attentions or len({tuple(a.shape[2:]) for a in attentions}) > 1 or attentions[0].shape[-1] <= num_patches:
+    if not attentions or len({tuple(a.shape[2:]) for a in attentions}) > 1 or attentions[0].shape[-1] < num_patches:
         raise ValueError(
-            f"{type(encoder).__name__} gives no attentions among [CLS] and {grid[0]} x {grid[1]} patches in every "
+            f"{type(encoder).__name__} gives no attentions among {grid[0]} x {grid[1]} patches in every "
             "block. Take the encoder of a plain ViT that sees whole pictures."
         )
     distances = torch.stack([mean_attention_distance(layer, grid, patch_size).sum(dim=0) for layer in attentions])

@@ -16,7 +16,7 @@ def require_sklearn() -> None:
         import sklearn.manifold  # noqa: F401
     except ImportError as error:
         raise ValueError(
-            'The representation report needs scikit-learn, for t-SNE: pip install "hf_mim[viz]".'
+            "The representation report needs scikit-learn, for t-SNE: pip install scikit-learn."
         ) from error
 
 

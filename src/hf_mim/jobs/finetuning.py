@@ -18,7 +18,7 @@ from ..evaluation.robustness import match_classes
 from ..hub.cards import write_classifier_card
 from ..models.vit.configuration_vit import as_pair
 from ..training.arguments import ViTTrainingArguments
-from ..training.building import build_classifier, build_classifier_config
+from ..training.building import build_classifier, build_classifier_config, trained_normalization
 from ..training.callbacks import SaveOnInterrupt
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.command import ClassifierArguments, parse_arguments, say
@@ -124,8 +124,10 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
     if model_args.lora_rank is not None and args.ema_decay is not None:
         raise ValueError("--ema_decay averages the network's own weights, not --lora_rank's: leave one out.")
     robustness = dict(_name_and_folder(text) for text in args.robustness_sets or ())
+    if len(robustness) < len(args.robustness_sets or ()):
+        raise ValueError(f"--robustness_sets has a name twice: {' '.join(args.robustness_sets)}.")
     config = build_classifier_config(model_args, data_args.image_height_width, data_args.num_channels)
-    data_args = data_args.for_model(config)
+    data_args = data_args.for_model(config.num_channels, as_pair(config.image_size))
     if args.label_column_name is not None and data_args.label_column_names is None:
         data_args.label_column_names = [args.label_column_name]
     with PartialState().main_process_first():
@@ -140,13 +142,12 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
     if args.auto_augment != "none" and (data_args.num_channels not in (1, 3) or first.is_floating_point()):
         say("RandAugment is left out: it knows pictures of 8 bits with 1 or 3 channels (--auto_augment none).")
         args.auto_augment = "none"
-    mean, std = resolve_mean_std(data_args, pictures.train)
-    processor = build_image_processor(as_pair(config.image_size), data_args.num_channels, mean, std)
+    mean, std = resolve_mean_std(data_args, pictures.train, trained_normalization(model_args))
+    processor = build_image_processor(
+        as_pair(config.image_size), config.num_channels, mean, std, floating_point=first.is_floating_point()
+    )
     train_data, held_out = build_datasets(data_args, args, config, pictures, label, processor, mean, std)
-    tests = {
-        name: load_robustness_set(folder, names, data_args.num_channels, processor)
-        for name, folder in robustness.items()
-    }
+    tests = {name: load_robustness_set(folder, names, data_args, processor) for name, folder in robustness.items()}
 
     set_seed(args.seed)
     model = build_classifier(model_args, config)
@@ -179,23 +180,23 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         interrupt.restore()
-    if train_data.broken_indices:
-        say(f"Skipped {len(train_data.broken_indices)} broken pictures (--skip_broken_images).")
+    if train_data.num_broken:
+        say(f"Skipped {train_data.num_broken} broken pictures (--skip_broken_images).")
     if interrupt.stopped:
         say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
         return 130
+    trained = describe_trainable(model)
+    if tuner is not None:
+        tuner.merge_and_unload()
+    # Before the tests, which may meet a broken picture. "Internal": without pushing, which waits for the card.
+    trainer.save_model(_internal_call=True)
+    trainer.save_state()
     results = {"label": label, "num_train": len(pictures.train), "num_test": len(held_out)}
     results |= _plain_metrics(trainer.evaluate())
     results["robustness"] = {
         name: _plain_metrics(trainer.evaluate(data, metric_key_prefix=f"eval_{name}", classes=classes), name)
         for name, (data, classes) in tests.items()
     }
-    trained = describe_trainable(model)
-    if tuner is not None:
-        tuner.merge_and_unload()
-    # "Internal": without pushing, which waits for the card.
-    trainer.save_model(_internal_call=True)
-    trainer.save_state()
     if trainer.is_world_process_zero():
         write_results(trainer, model_args, data_args, results | {"trained": trained})
     PartialState().wait_for_everyone()
@@ -259,7 +260,7 @@ def build_datasets(data_args, args, config, pictures: PictureSplits, label: str,
 
 
 def load_robustness_set(
-    folder: str, label_names: list[str], num_channels: int, processor
+    folder: str, label_names: list[str], args: DataArguments, processor
 ) -> tuple[LabelledDataset, list[int]]:
     """
     The pictures of a folder with a sub-folder a class, labelled as the model does, and the classes among them.
@@ -267,7 +268,7 @@ def load_robustness_set(
     Raises:
         ValueError: If the folder has no classes, or one that is none of the model's.
     """
-    (pictures,) = from_folder([check_folder(folder)], num_channels)
+    (pictures,) = from_folder([check_folder(folder)], args.num_channels)
     if "label" not in pictures.labels:
         raise ValueError(f"--robustness_sets: {folder} has no sub-folder for each of several classes.")
     try:
@@ -275,7 +276,9 @@ def load_robustness_set(
     except ValueError as error:
         raise ValueError(f"--robustness_sets: {folder}: {error}") from error
     pictures.labels["label"] = np.array(classes)[pictures.labels["label"]]
-    check_pictures(pictures)
+    check_pictures(pictures, skip_broken=args.skip_broken_images)
+    if args.skip_broken_images:
+        pictures = without_broken(pictures)
     return _test_data(pictures, "label", processor), classes
 
 

@@ -27,8 +27,9 @@ from ..training.command import parse_arguments, say
 from ..training.errors import run_job
 from .loading import Subject, load_subject
 
-# The papers' crops are torchvision's own (8% of the area or more); batches are ImageNet's unless said otherwise.
-_PAPER = {"augment": True, "crop_scale_min": 0.08}
+# The papers' crops are torchvision's own (8% of the area or more), and nothing is mirrored.
+# Batches are ImageNet's unless said otherwise.
+_PAPER = {"augment": True, "crop_scale_min": 0.08, "horizontal_flip": False}
 _PILAMIM = _PAPER | {"learning_rate": [3.0], "num_train_epochs": 100}
 _MAE = _PAPER | {"base_learning_rate": [0.1], "num_train_epochs": 90, "warmup_epochs": 10, "batch_size": 16384}
 PRESETS = {

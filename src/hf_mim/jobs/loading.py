@@ -11,6 +11,7 @@ from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve
 from ..data.pictures import BrokenPictureError
 from ..evaluation.encoders import FeatureEncoder, load_encoder
 from ..models.vit.configuration_vit import as_pair
+from ..models.vit.frozen import read_normalization
 from ..training.command import say
 
 
@@ -53,9 +54,9 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu")
     args = replace(args, num_channels=config.num_channels, image_size=list(size))
     with PartialState().main_process_first():
         pictures = load_pictures(args, seed=seed)
-    for split in (pictures.train, pictures.validation):
+    for split in (pictures.validation, pictures.train):
         try:
-            check_pictures(split, skip_broken=args.skip_broken_images)
+            first = check_pictures(split, skip_broken=args.skip_broken_images)
         except BrokenPictureError:
             raise
         except ValueError as error:
@@ -65,9 +66,9 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu")
     if saved is not None and args.image_mean is None:
         mean, std = list(saved.image_mean), list(saved.image_std)
     else:
-        mean, std = resolve_mean_std(args, pictures.train)
+        mean, std = resolve_mean_std(args, pictures.train, read_normalization(path))
     if saved is None or asked:
-        saved = build_image_processor(size, config.num_channels, mean, std)
+        saved = build_image_processor(size, config.num_channels, mean, std, floating_point=first.is_floating_point())
     return Subject(path, encoder.to(device), pictures, saved, size, mean, std)
 
 

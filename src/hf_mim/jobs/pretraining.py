@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import HfApi
 from transformers import set_seed
 
 from ..data.arguments import DataArguments
@@ -23,7 +24,13 @@ from ..hub.cards import write_card
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, method_class, method_name
 from ..training.arguments import MIMTrainingArguments
-from ..training.building import build_config, build_model, describe_frozen, load_pretraining_model
+from ..training.building import (
+    build_config,
+    build_model,
+    describe_frozen,
+    load_pretraining_model,
+    trained_normalization,
+)
 from ..training.callbacks import LogReconstructions, SaveOnInterrupt
 from ..training.command import ModelArguments, parse_arguments, say
 from ..training.errors import run_job
@@ -60,17 +67,19 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
     describe_frozen(model_args, config, data_args.num_channels)
     first, checkpoint = where_to_start(stages, config)
-    data_args = data_args.for_model(config)
+    data_args = data_args.for_model(config.num_channels, as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
     with PartialState().main_process_first():
         pictures = load_pictures(data_args, seed=training_args.seed)
-    for split in (pictures.train, pictures.validation):
-        check_pictures(split, skip_broken=data_args.skip_broken_images)
-    mean, std = resolve_mean_std(data_args, pictures.train)
+    first_picture = check_pictures(pictures.train, skip_broken=data_args.skip_broken_images)
+    check_pictures(pictures.validation, skip_broken=data_args.skip_broken_images)
+    mean, std = resolve_mean_std(data_args, pictures.train, trained_normalization(model_args))
     if hasattr(config, "image_mean"):
         # The network that the method learns from may want other pixels.
         config.image_mean, config.image_std = list(map(float, mean)), list(map(float, std))
-    processor = build_image_processor(as_pair(config.image_size), config.num_channels, mean, std)
+    processor = build_image_processor(
+        as_pair(config.image_size), config.num_channels, mean, std, floating_point=first_picture.is_floating_point()
+    )
     feature_evaluation = build_feature_evaluation(training_args, pictures, processor)
 
     requested = False
@@ -109,8 +118,8 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
         finally:
             interrupt.restore()
         checkpoint, requested = None, interrupt.requested
-        if isinstance(train_data, PretrainingDataset) and train_data.broken_indices:
-            say(f"Skipped {len(train_data.broken_indices)} broken pictures (--skip_broken_images).")
+        if train_data.num_broken:
+            say(f"Skipped {train_data.num_broken} broken pictures (--skip_broken_images).")
         if interrupt.stopped:
             say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
             return 130
@@ -131,7 +140,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
         write_results(trainer, data_args, pictures, results, reconstructions.last_path, shares, stages)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
-        trainer.push_to_hub()
+        push(trainer)
     return 0
 
 
@@ -151,6 +160,22 @@ def save_stage(trainer: MIMTrainer) -> None:
             torch.save(trainer.optimizer.state_dict(), optimizer_state_of(trainer.args))
         mark_finished(trainer.args)
     PartialState().wait_for_everyone()
+
+
+def push(trainer: MIMTrainer) -> None:
+    """Uploads the run; of several stages the last one's model, where the Trainer would upload every checkpoint."""
+    if trainer.stage is None:
+        trainer.push_to_hub()
+    elif trainer.is_world_process_zero():
+        trainer.init_hf_repo()
+        HfApi().upload_folder(
+            repo_id=trainer.hub_model_id,
+            folder_path=trainer.args.output_dir,
+            commit_message="End of training",
+            token=trainer.args.hub_token,
+            revision=trainer.args.hub_revision,
+            ignore_patterns=["_*", "stage-*", "old-stage-*"],
+        )
 
 
 def build_feature_evaluation(

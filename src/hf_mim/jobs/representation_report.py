@@ -45,6 +45,7 @@ from .loading import Subject, load_subject
 # Principal components are those of more pictures than are shown.
 _PCA_PICTURES = 64
 _MAX_TSNE_CLASSES = 20
+_LEAST_TSNE = 5
 _PROPERTY_PICTURES = 256
 # The shorter side of a picture on a sheet, at least.
 _TILE = 112
@@ -133,21 +134,24 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     results = evaluate_features(*features, train_labels, test_labels)
     say("\n" + describe_results(results) + "\n" + text_table(results_table(results)))
+    data = data_args.dataset_name or data_args.train_dir or "scenes (embedded)"
+    settings = {"models": {name: subject.name for name, subject in subjects.items()}, "data": data, "seed": args.seed}
+    # Before the pictures, so that numbers are kept whatever comes of these.
+    (folder / "report.json").write_text(json.dumps(settings | results, indent=2) + "\n")
 
     sections = []
     if train_labels:
         draw_scores(results, list(subjects), folder / "scores.png")
         sections.append(("Scores", "scores.png", "k-NN (k = 20) and a linear probe (logistic regression)."))
         if chosen is not None:
-            sections.append(_tsne(folder, args, features[1], list(subjects), test_labels, test.label_names, *chosen))
+            drawn = _tsne(folder, args, features[1], list(subjects), test_labels, test.label_names, *chosen)
+            sections += [drawn] if drawn is not None else []
     sections += _sheets(folder, args, subjects, {name: pair[1] for name, pair in splits.items()})
     properties = _properties(subjects, {name: pair[1] for name, pair in splits.items()})
     sections += _property_plots(folder, properties)
-    data = data_args.dataset_name or data_args.train_dir or "scenes (embedded)"
     (folder / "README.md").write_text(
         _readme(args, {name: subject.name for name, subject in subjects.items()}, data, results, sections)
     )
-    settings = {"models": {name: subject.name for name, subject in subjects.items()}, "data": data, "seed": args.seed}
     settings["pictures"] = [file for _, file, _ in sections]
     settings["properties"] = {
         name: {key: values.tolist() for key, values in found.items()} for name, found in properties.items()
@@ -222,10 +226,13 @@ def _features(subjects: dict[str, Subject], splits, split: int, args: ReportArgu
 
 def _tsne(
     folder: Path, args, features: Features, models: list[str], labels, names, label: str, classes: list[int]
-) -> tuple[str, str, str]:
-    """Draws t-SNE of every model side by side."""
+) -> tuple[str, str, str] | None:
+    """Draws t-SNE of every model side by side; None of so few pictures that it would show nothing."""
     columns = labels[label].numpy()
     rows = np.flatnonzero(np.isin(columns, classes))[: args.num_tsne]
+    if len(rows) < _LEAST_TSNE:
+        say(f"t-SNE is left out: {len(rows)} held-out pictures of the chosen classes, fewer than {_LEAST_TSNE}.")
+        return None
     places = {
         model: embed_tsne(features[model][args.poolings[0]][torch.from_numpy(rows)], args.seed) for model in models
     }
@@ -274,7 +281,9 @@ def _sheets(folder: Path, args, subjects: dict[str, Subject], tests: dict) -> li
             size = (shown.shape[2] * scale, shown.shape[3] * scale)
             originals = enlarge(unnormalise(shown, subject.mean, subject.std), size)
         pictures = enlarge(unnormalise(shown, subject.mean, subject.std), size)
-        attention[name] = attention_pictures(pictures, subject.encoder.cls_attention(shown))
+        looked_at = subject.encoder.cls_attention(shown)
+        if looked_at is not None:
+            attention[name] = attention_pictures(pictures, looked_at)
         patches = torch.cat([subject.encoder.patches(batch) for batch in pixel_values.split(16)])
         colours[name] = patch_colours(patches, len(shown), size)
         found = _reconstruct(subject, shown, args.seed)
@@ -297,6 +306,8 @@ def _sheets(folder: Path, args, subjects: dict[str, Subject], tests: dict) -> li
     ]
     for (_, file, _), rows in zip(sections, (attention, colours), strict=True):
         label_rows(picture | rows).save(folder / file)
+    if not attention:
+        sections.pop(0)
     if reconstructed:
         rows = dict(picture)
         first = next(iter(masked.values()))

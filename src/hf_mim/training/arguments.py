@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -84,6 +87,10 @@ class ViTTrainingArguments(TrainingArguments):
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
         asked_for_float32 = not self.bf16 and not self.fp16
         super().__post_init__()
+        if self.n_gpu > 1:
+            # The Trainer would wrap the network in DataParallel, whose shares of a batch know nothing of each other.
+            logger.warning(f"One process uses one of the {self.n_gpu} GPUs: for all, start by `accelerate launch`.")
+            self._n_gpu = 1
         if asked_for_float32 and self.mixed_precision == "bf16":
             self.mixed_precision = "no"
         threads = self.cpu_threads or default_cpu_threads()
@@ -128,6 +135,9 @@ class MIMTrainingArguments(ViTTrainingArguments):
     stage_steps: list[int] | None = field(
         default=None, metadata={"help": "Optimiser steps of each stage, where they differ; in the place of max_steps."}
     )
+    per_device_eval_batch_size: int | None = field(
+        default=None, metadata={"help": "Held-out pictures at a time. Default: per_device_train_batch_size."}
+    )
     keep_optimizer_state: bool = field(
         default=False,
         metadata={"help": "Carry the optimiser's moments from stage to stage, as dBOT's release does."},
@@ -162,6 +172,9 @@ class MIMTrainingArguments(ViTTrainingArguments):
                 f"{max(divisor for divisor in range(1, max(1, min(chunk, batch)) + 1) if batch % divisor == 0)}."
             )
         self._check_stages()
+        if self.per_device_eval_batch_size is None:
+            # A contrastive loss depends on it.
+            self.per_device_eval_batch_size = batch
         super().__post_init__()
         # Never asked of a pretraining model; gathering them would fill the memory.
         self.prediction_loss_only = True

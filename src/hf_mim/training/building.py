@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ..hub.vit import encoder_from_vit
 from ..models.vit.configuration_vit import as_pair
-from ..models.vit.frozen import describe_config, load_quietly, read_description, read_source
+from ..models.vit.frozen import describe_config, load_quietly, read_description, read_normalization, read_source
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
 from ..registry import BASELINES, ENCODER, METHODS, method_class, method_name
 from .command import ClassifierArguments, ModelArguments
@@ -207,6 +207,13 @@ def _start_head(model: PreTrainedModel) -> None:
     torch.nn.init.zeros_(model.classifier.bias)
 
 
+def trained_normalization(
+    args: ModelArguments | ClassifierArguments,
+) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and standard deviation that the weights of `model_name_or_path` were trained with; None if not known."""
+    return (None, None) if args.model_name_or_path is None else read_normalization(args.model_name_or_path)
+
+
 def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     """The pretraining model, with the weights of `model_name_or_path` where given."""
     model_class = method_class(args.model_type, "ForPreTraining")
@@ -221,7 +228,13 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     if source.model_type == args.model_type:
         try:
             model, info = model_class.from_pretrained(
-                args.model_name_or_path, config=config, initialize_missing=True, output_loading_info=True, **kwargs
+                args.model_name_or_path,
+                config=config,
+                # Weights of 16 bits would be trained in 16 bits.
+                dtype=torch.float32,
+                initialize_missing=True,
+                output_loading_info=True,
+                **kwargs,
             )
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):

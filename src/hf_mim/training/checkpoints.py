@@ -120,11 +120,15 @@ def _differences(saved: dict, wanted: PreTrainedConfig) -> list[str]:
     names = [
         field.name for field in fields(wanted) if field.name not in {field.name for field in fields(PreTrainedConfig)}
     ]
-    return [
+    differences = [
         f"{name}: {_plain(there, name)!r} there, {_plain(here, name)!r} here"
         for name in names
         if not name.startswith("_") and name not in _OF_DATA and _plain(there, name) != _plain(here, name)
     ]
+    if there.id2label != here.id2label:
+        classes = (", ".join(list(config.id2label.values())[:5]) for config in (there, here))
+        differences.append("classes: {}, ... there, {}, ... here".format(*classes))
+    return differences
 
 
 def _plain(config: PreTrainedConfig, name: str):

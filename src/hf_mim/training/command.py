@@ -154,6 +154,8 @@ def parse_arguments(
     )
     if presets is None:
         presets = {name: preset_training(name, model_type) for name in PRESETS}
+    if presets and preset not in presets:
+        raise ValueError(f"preset is {preset!r}; expected one of {', '.join(presets)}.")
     defaults = dict(presets.get(preset, {}))
     for lower, upper in ((recipe, typed), (defaults, recipe), (defaults, typed)):
         # A torchvision data set has both: its name, and the folder that it lies in.

@@ -45,9 +45,10 @@ def plain_message(error: Exception) -> str | None:
     """
     What to say instead of a stack, or None where the stack is wanted.
 
-    Said plainly are losses that are not finite, broken pictures, what the system says of a file, and a ValueError or
-    OSError that comes before training (flags, sizes, data sets, checkpoints) or from a check of ours. What else torch
-    or transformers raise in training is a bug until shown otherwise.
+    Said plainly are losses that are not finite, broken pictures, a package of an extra that is not installed, what the
+    system says of a file, and a ValueError or OSError that comes before training (flags, sizes, data sets,
+    checkpoints) or from a check of ours. What else torch or transformers raise in training is a bug until shown
+    otherwise.
     """
     text = str(error)
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -57,7 +58,11 @@ def plain_message(error: Exception) -> str | None:
         raised_in = ([""] + re.findall(r'^  File "(.*?)", line', text, flags=re.MULTILINE))[-1]
         text = re.split(r"^[\w.]*Error: ", text, flags=re.MULTILINE)[-1].strip()
     before_training = Trainer.train.__code__ not in frames
-    if isinstance(error, NonFiniteLossError | BrokenPictureError) or getattr(error, "filename", None) is not None:
+    if isinstance(error, BrokenPictureError):
+        return f"{text} Remove it, or pass --skip_broken_images to leave such pictures out."
+    if isinstance(error, NonFiniteLossError) or getattr(error, "filename", None) is not None:
+        return text
+    if isinstance(error, ImportError) and raised_in.startswith(_PACKAGE) and "pip install" in text:
         return text
     if isinstance(error, ValueError | OSError) and (before_training or raised_in.startswith(_PACKAGE)):
         return text

@@ -5,7 +5,7 @@ import re
 from torch import nn
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers?|blocks)\.(\d+)\.")
-_EMBEDDINGS = re.compile(r"(?:^|\.)embeddings?\.")
+_EMBEDDINGS = re.compile(r"(?:^|\.)embeddings?\.(?!.*adapter)")
 
 
 def parameter_depth(name: str, num_layers: int) -> int:

@@ -51,8 +51,6 @@ _TINY_TRAINING = {
     "num_train_epochs": 12,
     "per_device_train_batch_size": 128,
     "base_learning_rate": 4e-3,
-    # Smaller crops change how many solids a scene shows and how near they are.
-    "crop_scale_min": 0.8,
     "logging_steps": 25,
     "save_strategy": "epoch",
 }
@@ -60,9 +58,8 @@ _TINY_TRAINING = {
 # What a method changes of these, by preset.
 _METHOD_TRAINING = {
     ("ocl", "tiny"): {
-        # Pictures are told from the others of their batch, held-out ones too.
+        # Pictures are told from the others of their batch.
         "per_device_train_batch_size": 256,
-        "per_device_eval_batch_size": 256,
         "base_learning_rate": 2e-3,
     },
 }

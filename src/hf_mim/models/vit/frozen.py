@@ -434,7 +434,7 @@ def read_description(path: str) -> tuple[PreTrainedConfig, list[float] | None, l
     config = AutoConfig.from_pretrained(path)
     config = getattr(config, "vision_config", config)
     _layout(config)
-    return config, *_normalization(path)
+    return config, *read_normalization(path)
 
 
 def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -444,7 +444,8 @@ def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
     return model if is_encoder else model.base_model
 
 
-def _normalization(path) -> tuple[list[float] | None, list[float] | None]:
+def read_normalization(path: str) -> tuple[list[float] | None, list[float] | None]:
+    """Mean and standard deviation, one number a channel or one for all, of the image processor beside a network."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
         if file is not None:
