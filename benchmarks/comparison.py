@@ -59,7 +59,7 @@ LABEL = {"scenes": ["count", "distance", "shape", "color"], "fashion_mnist": ["l
 def data_flags(data: str, args) -> list[str]:
     if data == "scenes":
         return []
-    return [f"--train_dir={args.fashion_mnist}", "--num_channels=1", "--image_size=28", "--crop_scale_min=0.5"]
+    return [f"--train_dir={args.fashion_mnist}", "--num_channels=1", "--image_size=28"]
 
 
 def run(script: str, flags: list[str], args) -> float:
@@ -86,12 +86,15 @@ def pretrain(data: str, method: str, seed: int, args) -> None:
         return
     if not (runs / "MAE").is_dir() and any("{runs}" in flag for flag in METHODS[method]):
         raise RuntimeError(f"{method} starts from another cell's network, which is not in {runs}: delete its JSON.")
-    flags = data_flags(data, args) + [flag.format(runs=runs) for flag in METHODS[method]]
+    flags = data_flags(data, args) + ["--crop_scale_min=0.5" if data == "fashion_mnist" else "--crop_scale_min=0.8"]
+    flags += [flag.format(runs=runs) for flag in METHODS[method]]
     batch = BATCH_SIZE.get(method, args.batch_size)
     flags += [f"--per_device_train_batch_size={batch}", f"--seed={seed}"]
     # Stages share the pictures among them; --max_steps is the length of one.
     stages = 2 if "--num_stages=2" in flags else 1
     flags += [f"--max_steps={args.pictures // batch // stages}"]
+    # Raw pixels and the untrained network are the same in every method's cell.
+    flags += [] if method == "MAE" else ["--references=false"]
     folder = runs / slug(method)
     shutil.rmtree(folder, ignore_errors=True)
     seconds = run("run_mim.py", [*flags, f"--output_dir={folder}"], args)
@@ -100,18 +103,18 @@ def pretrain(data: str, method: str, seed: int, args) -> None:
 
 
 def finetune(data: str, method: str, seed: int, args) -> None:
-    """Fine-tunes a cell's encoder: at most 10,000 labels and 5 epochs, and 1% of the labels."""
+    """Fine-tunes a cell's encoder: 4,000 labels and 5 epochs, and 1% of the labels and 20 epochs."""
     folder = args.runs / data / str(seed) / slug(method)
     few = ["--max_train_samples=600" if data == "fashion_mnist" else "--max_train_samples=120"]
-    few += ["--num_train_epochs=40", "--per_device_train_batch_size=32"]
-    for labels, chosen in (("10,000", ["--max_train_samples=10000", "--num_train_epochs=5"]), ("1%", few)):
+    few += ["--num_train_epochs=20", "--per_device_train_batch_size=32"]
+    for labels, chosen in (("4,000", ["--max_train_samples=4000", "--num_train_epochs=5"]), ("1%", few)):
         path = RESULTS / f"finetuned-{data}-{slug(method)}-{seed}-{slug(labels)}.json"
         # Only where the cell's network is still on this disk.
         if path.is_file() or (method != UNTRAINED and not (folder / "model.safetensors").is_file()):
             continue
-        flags = [*data_flags(data, args), f"--seed={seed}", *chosen, "--eval_strategy=no"]
+        flags = [*data_flags(data, args), f"--seed={seed}", *chosen, "--eval_strategy=no", "--max_eval_samples=4000"]
         flags += ["--model_type=pilamim"] if method == UNTRAINED else [f"--model_name_or_path={folder}"]
-        flags += [] if data == "fashion_mnist" else ["--label_column_name=shape"]
+        flags += [] if data == "fashion_mnist" else ["--label_column_name=count"]
         output = args.runs / "finetuned" / path.stem
         seconds = run("run_image_classification.py", [*flags, f"--output_dir={output}"], args)
         accuracy = json.loads((output / "results.json").read_text())["accuracy"]

@@ -150,6 +150,13 @@ class TestRun:
         assert pretrain(folder, tmp_path / "a", "--max_steps=6", "--resume_from_checkpoint=false") == 0
         assert losses(tmp_path / "a") == first
 
+    def test_without_references(self, folder, tmp_path):
+        assert pretrain(folder, tmp_path, "--references=false") == 0
+        assert list(json.loads((tmp_path / "features.json").read_text())["features"]) == [
+            "trained, [CLS]",
+            "trained, mean",
+        ]
+
     def test_bfloat16(self, folder, tmp_path, capsys):
         assert pretrain(folder, tmp_path, "--bf16=true") == 0
         assert "bfloat16 on cpu" in capsys.readouterr().out

@@ -290,22 +290,27 @@ def write_results(
 
 def evaluate(folders: dict[str, str], config, pictures: PictureSplits, processor, args) -> dict | None:
     """
-    What raw pixels, the untrained network and the saved ones (folders by name) are worth, for every label.
+    What raw pixels, the untrained network (`args.references`) and the saved ones (folders by name) are worth, for
+    every label.
 
     None where the training data is a stream, which cannot be gone through again. Each process takes its share.
     """
     if isinstance(pictures.train, PictureStream):
         return None
-    set_seed(args.seed)
-    networks = {"untrained": method_class(config.model_type, "ForPreTraining")(config).encoder}
+    networks = {}
+    if args.references:
+        set_seed(args.seed)
+        networks["untrained"] = method_class(config.model_type, "ForPreTraining")(config).encoder
     # Not AutoModel: a stock ViTMAE hides three quarters of the picture.
     encoder_class = method_class(config.model_type, "Model")
     networks |= {name: encoder_class.from_pretrained(folder) for name, folder in folders.items()}
     encoders = {name: FeatureEncoder(network.eval()).to(args.device) for name, network in networks.items()}
+    if args.references:
+        encoders = {RAW_PIXELS: RawPixels()} | encoders
     splits = labelled_splits(pictures)
     features = [
         extract_features(
-            {RAW_PIXELS: RawPixels()} | encoders,
+            encoders,
             split,
             processor,
             ("cls", "mean"),

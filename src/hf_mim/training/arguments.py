@@ -163,6 +163,11 @@ class MIMTrainingArguments(ViTTrainingArguments):
         },
     )
 
+    references: bool = field(
+        default=True,
+        metadata={"help": "At the end, evaluate raw pixels and the untrained network beside what was trained."},
+    )
+
     def __post_init__(self):
         chunk, batch = self.contrastive_chunk_size, self.per_device_train_batch_size
         if chunk is not None and (chunk < 1 or batch % chunk):

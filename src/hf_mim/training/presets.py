@@ -112,9 +112,10 @@ _TINY_FINE_TUNING = {
     "warmup_epochs": 1,
     "per_device_train_batch_size": 64,
     "per_device_eval_batch_size": 64,
-    "base_learning_rate": 2e-3,
+    "base_learning_rate": 8e-3,
     "layer_decay": 0.75,
-    "crop_scale_min": 0.8,
+    # Whole pictures are judged: at crops down to 0.5, five epochs ended 6 points lower (Fashion-MNIST).
+    "crop_scale_min": 0.9,
     "drop_path_rate": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,
