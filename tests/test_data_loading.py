@@ -563,17 +563,28 @@ def test_torchvision(tmp_path):
         (root / name).write_bytes(pickle.dumps(entry))
     (root / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     flags = args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path)
+    with pytest.raises(ValueError, match="--validation_split valid: torchvision:CIFAR10 has the splits train, test"):
+        load_pictures(args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path, validation_split="valid"))
     with pytest.raises(ValueError, match=r"torchvision.datasets.CIFAR10\(.*download=True\)"):
         load_pictures(flags)  # its checksums are not those of the real files
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
         patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
         splits = load_pictures(flags)
+        turned = load_pictures(args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path, train_split="test"))
     assert len(splits.train) == 10 and len(splits.validation) == 2
+    assert len(turned.train) == 2 and len(turned.validation) == 10
     assert splits.train[0].shape == (3, 32, 32)
     assert splits.train.labels["label"].tolist() == [3, 7] * 5
     assert splits.train.label_names["label"] == list("abcdefghij")
     assert splits.validation.name(1) == "row 1 of torchvision:CIFAR10 False"
+
+
+def test_labels_that_are_not_there(tmp_path):
+    make_folder(tmp_path)
+    with pytest.raises(ValueError, match="--label_column_names count: the data has the labels label"):
+        load_pictures(args(train_dir=tmp_path, label_column_names=["count"]))
+    assert load_pictures(args(train_dir=tmp_path, label_column_names=["label"])).train.labels.keys() == {"label"}
 
 
 def test_torchvision_broken_picture(tmp_path):

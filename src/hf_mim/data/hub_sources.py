@@ -233,7 +233,13 @@ def from_torchvision(
         pictures = _torchvision_split(dataset_class, name, root, {}, num_channels)
         return pictures, None
     if key == "train":
-        train, *others = ({"train": True}, {"train": False})
+        # Such data sets have two splits, which they tell by a bool.
+        splits = {"train": True, "test": False}
+        validation_split = validation_split or next(split for split in splits if split != train_split)
+        for flag, split in (("--train_split", train_split), ("--validation_split", validation_split)):
+            if split not in splits:
+                raise ValueError(f"{flag} {split}: {name} has the splits {', '.join(splits)}.")
+        train, *others = ({"train": splits[split]} for split in (train_split, validation_split))
     else:
         train = {key: train_split}
         others = [{key: split} for split in ([validation_split] if validation_split else VALIDATION_SPLITS)]
@@ -243,7 +249,7 @@ def from_torchvision(
             return pictures, _torchvision_split(dataset_class, name, root, other, num_channels)
         except ValueError:
             # A split that was asked for, or that every such data set has, must be there; of guesses, one has to be.
-            if validation_split or key == "train":
+            if validation_split:
                 raise
             if number == len(others) - 1:
                 return pictures, None

@@ -61,6 +61,9 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
 
     if isinstance(train, PictureStream):
         return PictureSplits(train, validation)
+    for split in (train, validation):
+        if split is not None and args.label_column_names is not None:
+            split.keep_labels(args.label_column_names)
     if len(train) == 0:
         raise ValueError(f"{train.source} is empty: there is nothing to train on.")
     if validation is None:

@@ -64,6 +64,15 @@ class PictureDataset(Dataset):
         selected.labels = {key: column[indices] for key, column in self.labels.items()}
         return selected
 
+    def keep_labels(self, names: list[str]) -> None:
+        """Forgets the labels other than these. Raises ValueError if there is no such label."""
+        unknown = [name for name in names if name not in self.labels]
+        if unknown:
+            there = f"the labels {', '.join(self.labels)}" if self.labels else "no labels"
+            raise ValueError(f"--label_column_names {', '.join(unknown)}: the data has {there}.")
+        self.labels = {name: self.labels[name] for name in names}
+        self.label_names = {name: self.label_names[name] for name in names if name in self.label_names}
+
     def fingerprint(self) -> str:
         """A hash of the pictures, in their order; of files their names, sizes and times, without reading them.
 

@@ -16,6 +16,7 @@ from ..data.sources import PictureDataset, check_folder, from_folder
 from ..evaluation.pictures import draw_loss_curves
 from ..evaluation.robustness import match_classes
 from ..hub.cards import write_classifier_card
+from ..hub.sharing import push_run
 from ..models.vit.configuration_vit import as_pair
 from ..training.arguments import ViTTrainingArguments
 from ..training.building import build_classifier, build_classifier_config, trained_normalization
@@ -201,7 +202,7 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
         write_results(trainer, model_args, data_args, results | {"trained": trained})
     PartialState().wait_for_everyone()
     if args.push_to_hub:
-        trainer.push_to_hub()
+        push_run(trainer)
     return 0
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import HfApi
 from transformers import set_seed
 
 from ..data.arguments import DataArguments
@@ -21,6 +20,7 @@ from ..evaluation.online import OnlineEvaluation
 from ..evaluation.pictures import draw_loss_curves, draw_shares
 from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features, results_table, text_table
 from ..hub.cards import write_card
+from ..hub.sharing import push_run
 from ..models.vit.configuration_vit import as_pair
 from ..registry import METHODS, method_class, method_name
 from ..training.arguments import MIMTrainingArguments
@@ -140,7 +140,7 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
         write_results(trainer, data_args, pictures, results, reconstructions.last_path, shares, stages)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
-        push(trainer)
+        push_run(trainer)
     return 0
 
 
@@ -160,22 +160,6 @@ def save_stage(trainer: MIMTrainer) -> None:
             torch.save(trainer.optimizer.state_dict(), optimizer_state_of(trainer.args))
         mark_finished(trainer.args)
     PartialState().wait_for_everyone()
-
-
-def push(trainer: MIMTrainer) -> None:
-    """Uploads the run; of several stages the last one's model, where the Trainer would upload every checkpoint."""
-    if trainer.stage is None:
-        trainer.push_to_hub()
-    elif trainer.is_world_process_zero():
-        trainer.init_hf_repo()
-        HfApi().upload_folder(
-            repo_id=trainer.hub_model_id,
-            folder_path=trainer.args.output_dir,
-            commit_message="End of training",
-            token=trainer.args.hub_token,
-            revision=trainer.args.hub_revision,
-            ignore_patterns=["_*", "stage-*", "old-stage-*"],
-        )
 
 
 def build_feature_evaluation(

@@ -14,7 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import ModelOutput, logging
 
 from ..data.pretraining import EpochSampler, StreamingPretrainingDataset
-from .checkpoints import checkpoints_in
+from .checkpoints import checkpoints_in, unused_path
 
 logger = logging.get_logger(__name__)
 
@@ -132,8 +132,7 @@ class ViTTrainer(Trainer):
         old = checkpoints_in(self.args.output_dir)
         if self.is_world_process_zero():
             for folder in old:
-                target = folder.with_name(f"old-{folder.name}")
-                shutil.rmtree(target, ignore_errors=True)
+                target = unused_path(folder.with_name(f"old-{folder.name}"))
                 folder.rename(target)
                 logger.warning(f"Training starts from zero: {folder}, of an earlier run, is renamed {target.name}.")
         self.accelerator.wait_for_everyone()

@@ -106,6 +106,14 @@ def find_damaged_weights(folder: Path) -> str | None:
     return None
 
 
+def unused_path(path: Path) -> Path:
+    """`path`, or the first of `path-2`, `path-3`, ... that is not there."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return candidate
+
+
 def checkpoints_in(output_dir: str) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]

@@ -13,7 +13,7 @@ import numpy as np
 from transformers.utils import logging
 
 from .arguments import MIMTrainingArguments
-from .checkpoints import check_same_config, checkpoint_to_resume, find_damaged_weights
+from .checkpoints import check_same_config, checkpoint_to_resume, find_damaged_weights, unused_path
 
 logger = logging.get_logger(__name__)
 
@@ -125,17 +125,9 @@ def set_later_stages_aside(stages: list[MIMTrainingArguments], first: int) -> No
     for folder in Path(stages[0].output_dir).parent.glob("stage-*"):
         number = folder.name.removeprefix("stage-")
         if number.isdigit() and int(number) > first:
-            target = _unused(folder.with_name(f"old-{folder.name}"))
+            target = unused_path(folder.with_name(f"old-{folder.name}"))
             folder.rename(target)
             logger.warning(f"Training goes on with stage {first}: {folder}, of an earlier run, is now {target.name}.")
-
-
-def _unused(path: Path) -> Path:
-    """`path`, or the first of `path-2`, `path-3`, ... that is not there."""
-    candidate, number = path, 2
-    while candidate.exists():
-        candidate, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return candidate
 
 
 def mark_finished(args: MIMTrainingArguments) -> None:
