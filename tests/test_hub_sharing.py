@@ -56,8 +56,8 @@ class TestPush:
         flags = [f"--train_dir={folder}", f"--output_dir={tmp_path / 'out'}", "--max_steps=2", "--save_steps=1"]
         flags += ["--save_strategy=steps", "--push_to_hub=true", "--hub_model_id=me/mine"]
         # What an earlier run left.
-        (tmp_path / "out" / "old-checkpoint-9").mkdir(parents=True)
-        (tmp_path / "out" / "old-checkpoint-9" / "optimizer.pt").write_bytes(b"0")
+        (tmp_path / "out" / "_old-checkpoint-9").mkdir(parents=True)
+        (tmp_path / "out" / "_old-checkpoint-9" / "optimizer.pt").write_bytes(b"0")
         run(hub, tmp_path / "here", RUN_MIM, *FLAGS, *flags)
         there = hub.files["me/mine"]
         assert {"config.json", "model.safetensors", "preprocessor_config.json", "features.json"} <= set(there)

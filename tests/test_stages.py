@@ -269,7 +269,7 @@ class TestResuming:
         assert train(folder, tmp_path, *flags) == 0
         assert train(folder, tmp_path, *flags, f"--resume_from_checkpoint={tmp_path}/stage-0/checkpoint-3") == 0
         assert_same_run(tmp_path, unbroken)
-        assert (tmp_path / "old-stage-1" / "model.safetensors").is_file()
+        assert (tmp_path / "_old-stage-1" / "model.safetensors").is_file()
 
 
 class TestBeginningAnew:
@@ -280,9 +280,9 @@ class TestBeginningAnew:
             act_at(patched, 0, 4, kill)
             with pytest.raises(Killed):
                 train(folder, tmp_path, *flags, "--resume_from_checkpoint=false")
-        assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["old-stage-1", "stage-0"]
-        assert (tmp_path / "old-stage-1" / "checkpoint-7").is_dir()
-        assert (tmp_path / "stage-0" / "old-checkpoint-7").is_dir()
+        assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["_old-stage-1", "stage-0"]
+        assert (tmp_path / "_old-stage-1" / "checkpoint-7").is_dir()
+        assert (tmp_path / "stage-0" / "_old-checkpoint-7").is_dir()
         # Not from the old run's stage 1, nor from its end of stage 0.
         act_at(monkeypatch, 0, 3, interrupt)
         assert train(folder, tmp_path, *flags) == 130
@@ -295,7 +295,7 @@ class TestBeginningAnew:
             (tmp_path / "stage-1").mkdir()
             (tmp_path / "stage-1" / content).touch()
             set_later_stages_aside(stages, 0)
-        assert (tmp_path / "old-stage-1" / "a").is_file() and (tmp_path / "old-stage-1-2" / "b").is_file()
+        assert (tmp_path / "_old-stage-1" / "a").is_file() and (tmp_path / "_old-stage-1-2" / "b").is_file()
 
 
 class TestOptimiserState:

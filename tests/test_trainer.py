@@ -136,9 +136,9 @@ class TestResuming:
         second.train()
         # Otherwise the next run would go on from the first one's step 6.
         assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-        assert sorted(path.name for path in tmp_path.glob("old-checkpoint-*")) == [
-            "old-checkpoint-4",
-            "old-checkpoint-6",
+        assert sorted(path.name for path in tmp_path.glob("_old-checkpoint-*")) == [
+            "_old-checkpoint-4",
+            "_old-checkpoint-6",
         ]
 
     def test_streaming_resumes(self, tmp_path):

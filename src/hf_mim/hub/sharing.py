@@ -4,7 +4,7 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 
 # What only going on with the run needs; of several stages, whose last model is the run's, the stages.
-_LEFT_AT_HOME = ["_*", "checkpoint-*", "old-checkpoint-*", "stage-*", "old-stage-*"]
+_LEFT_AT_HOME = ["_*", "checkpoint-*", "stage-*"]
 
 
 def push_run(trainer: Trainer) -> None:

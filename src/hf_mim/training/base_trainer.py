@@ -132,7 +132,7 @@ class ViTTrainer(Trainer):
         old = checkpoints_in(self.args.output_dir)
         if self.is_world_process_zero():
             for folder in old:
-                target = unused_path(folder.with_name(f"old-{folder.name}"))
+                target = unused_path(folder.with_name(f"_old-{folder.name}"))
                 folder.rename(target)
                 logger.warning(f"Training starts from zero: {folder}, of an earlier run, is renamed {target.name}.")
         self.accelerator.wait_for_everyone()

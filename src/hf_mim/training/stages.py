@@ -125,7 +125,7 @@ def set_later_stages_aside(stages: list[MIMTrainingArguments], first: int) -> No
     for folder in Path(stages[0].output_dir).parent.glob("stage-*"):
         number = folder.name.removeprefix("stage-")
         if number.isdigit() and int(number) > first:
-            target = unused_path(folder.with_name(f"old-{folder.name}"))
+            target = unused_path(folder.with_name(f"_old-{folder.name}"))
             folder.rename(target)
             logger.warning(f"Training goes on with stage {first}: {folder}, of an earlier run, is now {target.name}.")
 
