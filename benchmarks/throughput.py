@@ -131,6 +131,9 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=1, help="steps of each case in a round")
+    parser.add_argument(
+        "--methods", nargs="+", choices=MODEL_TYPES, default=list(MODEL_TYPES), help="vit_mae is needed"
+    )
     parser.add_argument("--precisions", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
@@ -140,7 +143,7 @@ def main() -> None:
         print_memory(args.memory_of, args)
         return
 
-    names = [f"{method}/{precision}" for precision in args.precisions for method in MODEL_TYPES]
+    names = [f"{method}/{precision}" for precision in args.precisions for method in args.methods]
     memory = {name: peak_memory(name, args) for name in names}
     cases = [Case(name, args.preset, args.batch_size, args.device) for name in names]
     flops = {case.name: case.flops() for case in cases}
