@@ -138,98 +138,111 @@ def machine() -> str:
 
 
 def scores() -> dict:
-    """{(data, features): {score: [one number a seed]}} of all cells so far."""
-    table: dict = defaultdict(lambda: defaultdict(list))
+    """{data: {(row, pooling): {score: [one number a seed]}}} of all cells so far; pooling "": of none."""
+    table: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for path in sorted(RESULTS.glob("*.json")):
         cell = json.loads(path.read_text())
+        rows, method = table[cell["data"]], cell["method"]
         if "features" not in cell:
-            table[cell["data"], cell["method"]][f"fine-tuned, {cell['labels']} labels"].append(cell["accuracy"])
+            rows[method, ""][f"fine-tuned, {cell['labels']} labels"].append(cell["accuracy"])
             continue
         for name, values in cell["features"].items():
-            if name.startswith("trained"):
-                row = name.replace("trained", cell["method"])
-            elif name.startswith("stage"):
-                row = f"{cell['method']}, after {name}"
-            elif cell["method"] == "MAE":
-                # The same in every method's cell.
-                row = name
-            else:
+            row, _, pooling = name.partition(", ")
+            if row.startswith("stage"):
+                row = f"{method}, after {row}"
+            elif row == "trained":
+                row = method
+            elif method != "MAE":
+                # References: raw pixels, and the untrained network of each seed.
                 continue
             for label in values["knn"]:
-                table[cell["data"], row][f"{label}: k-NN"].append(values["knn"][label])
-                table[cell["data"], row][f"{label}: linear"].append(values["linear"][label])
+                rows[row, pooling][f"{label}: k-NN"].append(values["knn"][label])
+                rows[row, pooling][f"{label}: linear"].append(values["linear"][label])
             if values["rank_me"] is not None:
-                table[cell["data"], row]["RankMe"].append(values["rank_me"])
+                rows[row, pooling]["RankMe"].append(values["rank_me"])
     return table
 
 
+def order_of(row: str) -> int:
+    """References first, then the methods as they are listed here, each after its earlier stages."""
+    names = ["raw pixels", UNTRAINED]
+    for method in METHODS:
+        names += [f"{method}, after stage 0", method]
+    return names.index(row)
+
+
 def mean_and_spread(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    # Raw pixels have no seed.
+    spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
     return f"{statistics.mean(values):.1f}{spread}"
 
 
 def write_table(table: dict) -> None:
-    lines = []
+    """`table.md`: a table for each data set and pooling, mean and standard deviation over the seeds."""
     cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     hours = sum(cell["seconds"] for cell in cells) / 3600
-    lines.append(f"{len(cells)} cells, {hours:.1f} hours of one thread each; {machine()}.")
-    for data in LABEL:
-        rows = {row: columns for (where, row), columns in table.items() if where == data}
-        for kind, chosen in (
-            ("frozen features", lambda c: not c.startswith("fine-tuned")),
-            ("fine-tuned", lambda c: c.startswith("fine-tuned")),
-        ):
-            names = list(dict.fromkeys(c for columns in rows.values() for c in columns if chosen(c)))
+    lines = [f"{len(cells)} cells, {hours:.1f} hours of one thread each; {machine()}. k-NN / linear accuracy in %."]
+    for data, labels in LABEL.items():
+        rows = table.get(data, {})
+        tuned = sorted(
+            {name for (_, pooling), scores in rows.items() if pooling == "" for name in scores} - {"RankMe"}
+        )
+        tuned = [name for name in tuned if name.startswith("fine-tuned")]
+        for pooling in ("[CLS]", "mean"):
+            names = sorted({row for row, which in rows if which in (pooling, "")}, key=order_of)
+            # Fine-tuning has one head, on the mean of the patches.
+            extra = tuned if pooling == "mean" else []
             if not names:
                 continue
-            lines += ["", f"### {data}: {kind}", "", "| | " + " | ".join(names) + " | seeds |"]
-            lines.append("|---" * (len(names) + 2) + "|")
-            for row, columns in rows.items():
-                if not any(name in columns for name in names):
-                    continue
-                seeds = max(len(columns.get(name, [])) for name in names)
-                values = [mean_and_spread(columns[name]) if columns.get(name) else "" for name in names]
-                lines.append(f"| {row} | " + " | ".join(values) + f" | {seeds} |")
+            lines += ["", f"### {data}: {'[CLS]' if pooling == '[CLS]' else 'mean of the patches'}", ""]
+            lines += ["| | " + " | ".join([*labels, "RankMe", *extra, "seeds"]) + " |"]
+            lines += ["|---" * (len(labels) + len(extra) + 3) + "|"]
+            for name in names:
+                found = rows.get((name, pooling)) or rows.get((name, ""), {})
+                values = [
+                    " / ".join(mean_and_spread(found[f"{label}: {score}"]) for score in ("k-NN", "linear"))
+                    if f"{label}: k-NN" in found
+                    else ""
+                    for label in labels
+                ]
+                values.append(mean_and_spread(found["RankMe"]) if "RankMe" in found else "")
+                own = rows.get((name, ""), {})
+                values += [mean_and_spread(own[column]) if column in own else "" for column in extra]
+                seeds = max(len(numbers) for numbers in found.values())
+                lines.append(f"| {name} | " + " | ".join(values) + f" | {seeds} |")
     (RESULTS / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def draw(table: dict) -> None:
-    """k-NN and linear accuracy of every row of frozen features, a panel a label."""
-    panels = [(data, label) for data, labels in LABEL.items() for label in labels]
-    panels = [
-        (data, label)
-        for data, label in panels
-        if any(where == data and f"{label}: k-NN" in columns for (where, _), columns in table.items())
-    ]
-    most = max(len({row for where, row in table if where == data}) for data, _ in panels)
-    size = (4.0 + 2.6 * len(panels), 1.2 + 0.27 * most)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
-    for i, ((data, label), axis) in enumerate(zip(panels, axes[0], strict=True)):
-        rows = [
-            (row, columns) for (where, row), columns in table.items() if where == data and f"{label}: k-NN" in columns
-        ]
-        names = [row for row, _ in rows]
+    """k-NN and linear accuracy of [CLS] of every row, a panel a label; a line where raw pixels are."""
+    panels = [(data, label) for data, labels in LABEL.items() if data in table for label in labels]
+    names = sorted({row for data in table for row, pooling in table[data] if pooling == "[CLS]"}, key=order_of)
+    size = (3.6 + 2.3 * len(panels), 1.4 + 0.3 * len(names))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True)
+    for (data, label), axis in zip(panels, axes[0], strict=True):
         for offset, (score, color) in enumerate((("k-NN", "#4c72b0"), ("linear", "#dd8452"))):
-            values = [columns[f"{label}: {score}"] for _, columns in rows]
-            means = [statistics.mean(v) for v in values]
+            values = [table[data].get((name, "[CLS]"), {}).get(f"{label}: {score}", []) for name in names]
+            means = [statistics.mean(v) if v else 0.0 for v in values]
             spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-            places = [place + 0.4 * offset for place in range(len(rows))]
+            places = [place + 0.4 * offset for place in range(len(names))]
             axis.barh(places, means, 0.38, xerr=spread, color=color, label=score, error_kw={"elinewidth": 0.8})
-        axis.set_yticks(
-            [place + 0.2 for place in range(len(rows))], names if i == 0 or data != panels[i - 1][0] else []
-        )
-        axis.invert_yaxis()
+            pixels = table[data].get(("raw pixels", ""), {}).get(f"{label}: {score}")
+            if pixels:
+                axis.axvline(statistics.mean(pixels), color=color, linestyle=":", label=f"raw pixels, {score}")
+        axis.set_yticks([place + 0.2 for place in range(len(names))], names)
         axis.set_title(f"{data}: {label}", fontsize=9)
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("accuracy, %", fontsize=8)
+        axis.set_xlabel("accuracy of [CLS], %", fontsize=8)
         axis.grid(axis="x", alpha=0.3)
         axis.set_axisbelow(True)
+    axes[0][0].invert_yaxis()
     figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=2, fontsize=8, frameon=False
+        *axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8, frameon=False
     )
     figure.savefig(RESULTS / "comparison.png", dpi=130)
+    plt.close(figure)
 
 
 def main() -> None:
