@@ -190,8 +190,8 @@ def write_table(table: dict) -> None:
         tuned = [name for name in tuned if name.startswith("fine-tuned")]
         for pooling in ("[CLS]", "mean"):
             names = sorted({row for row, which in rows if which in (pooling, "")}, key=order_of)
-            # Fine-tuning has one head, on the mean of the patches.
-            extra = tuned if pooling == "mean" else []
+            # Fine-tuning is of neither: its head is on the mean of the patches, and trains them.
+            extra = tuned if pooling == "[CLS]" else []
             if not names:
                 continue
             lines += ["", f"### {data}: {'[CLS]' if pooling == '[CLS]' else 'mean of the patches'}", ""]

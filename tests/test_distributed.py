@@ -81,6 +81,18 @@ def test_two_processes_equal_one(folder, one_process, tmp_path, launcher):
     assert [log["step"] for log in state["log_history"] if "loss" in log] == list(range(1, 11))
 
 
+def test_held_out_pictures_count_once(folder, tmp_path):
+    """Three of them, in batches of two: the second process is given one again, which no loss may count."""
+    flags = [*FLAGS, "--max_steps=1", "--save_strategy=no", "--eval_strategy=steps", "--eval_steps=1"]
+    flags += [f"--train_dir={folder}", "--validation_fraction=0.14", "--per_device_train_batch_size=2"]
+    result = run(torchrun(RUN_MIM, *flags, "--use_cpu", f"--output_dir={tmp_path}"))
+    assert result.returncode == 0, result.stderr
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    (found,) = [log for log in history if "eval_loss" in log]
+    parts = sum(found[f"eval_{name}"] for name in PARTS[1:])
+    assert found["eval_loss"] == pytest.approx(parts, abs=1e-5)
+
+
 def test_resuming_in_the_middle_of_an_epoch(folder, one_process, tmp_path):
     """Stopped after 7 of 10 steps; then set_epoch reaches the sampler through neither shards nor skipped batches."""
     code = """

@@ -183,8 +183,15 @@ class ViTTrainer(Trainer):
             step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.state.global_step + 1)
             self.first_bad_step = torch.minimum(self.first_bad_step, step)
         else:
-            self.eval_losses.add(losses, weight=len(inputs[self.model.main_input_name]))
+            self.eval_losses.add(losses, weight=self._number_evaluated(len(inputs[self.model.main_input_name])))
         return (loss, outputs) if return_outputs else loss
+
+    def _number_evaluated(self, batch_size: int) -> int:
+        # Several processes get the first pictures again to fill up the last batch; the stock loss leaves them out.
+        state = self.accelerator.gradient_state
+        if not state.end_of_dataloader or state.remainder <= 0:
+            return batch_size
+        return min(max(state.remainder - self.accelerator.process_index * batch_size, 0), batch_size)
 
     def forward_loss(self, model, inputs, num_items_in_batch) -> tuple[torch.Tensor, ModelOutput]:
         """The loss that is minimised, and the model's outputs."""
@@ -308,8 +315,10 @@ class LossMeter:
         """The weighted means since the last call, over all processes."""
         if not self.sums:
             return {}
-        means = accelerator.reduce(torch.stack(list(self.sums.values())) / self.weight, reduction="mean").tolist()
-        averages = dict(zip(self.sums, means, strict=True))
+        sums = torch.stack(list(self.sums.values()))
+        # In one message: a process may have seen fewer pictures than another.
+        *sums, weight = accelerator.reduce(torch.cat([sums, sums.new_tensor([self.weight])]), reduction="sum").tolist()
+        averages = {name: value / weight for name, value in zip(self.sums, sums, strict=True)}
         self.reset()
         return averages
 
