@@ -52,6 +52,8 @@ METHODS = {
 # Pictures per step, where not `--batch_size`: contrast lives on the number of negatives.
 BATCH_SIZE = {"OCL": 256}
 UNTRAINED = "untrained"
+# Fine-tuning: many, and 1% of the training pictures.
+NUM_LABELS = {"scenes": (2000, 120), "fashion_mnist": (4000, 600)}
 # Labels by data set.
 LABEL = {"scenes": ["count", "distance", "shape", "color"], "fashion_mnist": ["label"]}
 
@@ -103,11 +105,13 @@ def pretrain(data: str, method: str, seed: int, args) -> None:
 
 
 def finetune(data: str, method: str, seed: int, args) -> None:
-    """Fine-tunes a cell's encoder: 4,000 labels and 5 epochs, and 1% of the labels and 20 epochs."""
+    """Fine-tunes a cell's encoder, by many labels and 5 epochs, and by 1% of the labels and 20 epochs."""
     folder = args.runs / data / str(seed) / slug(method)
-    few = ["--max_train_samples=600" if data == "fashion_mnist" else "--max_train_samples=120"]
-    few += ["--num_train_epochs=20", "--per_device_train_batch_size=32"]
-    for labels, chosen in (("4,000", ["--max_train_samples=4000", "--num_train_epochs=5"]), ("1%", few)):
+    many, few = NUM_LABELS[data]
+    for labels, chosen in (
+        (f"{many:,}", [f"--max_train_samples={many}", "--num_train_epochs=5"]),
+        ("1%", [f"--max_train_samples={few}", "--num_train_epochs=20", "--per_device_train_batch_size=32"]),
+    ):
         path = RESULTS / f"finetuned-{data}-{slug(method)}-{seed}-{slug(labels)}.json"
         # Only where the cell's network is still on this disk.
         if path.is_file() or (method != UNTRAINED and not (folder / "model.safetensors").is_file()):
