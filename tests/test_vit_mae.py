@@ -217,7 +217,7 @@ class TestTraining:
     def test_from_first_flag_to_last_file(self, folder, tmp_path, capsys):
         assert pretrain(folder, tmp_path, "--eval_strategy=steps", "--eval_steps=3") == 0
         out = capsys.readouterr().out
-        assert out.startswith("ViTMAE: 0.0 M parameters in the encoder") or "\nViTMAE: " in out
+        assert out.startswith("MAE: 0.0 M parameters in the encoder") or "\nMAE: " in out
         assert (tmp_path / "reconstructions" / "step-6.png").is_file()
         results = json.loads((tmp_path / "features.json").read_text())
         assert "trained, [CLS]" in results["features"]
