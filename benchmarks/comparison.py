@@ -95,7 +95,7 @@ def pretrain(data: str, method: str, seed: int, args) -> None:
     # Stages share the pictures among them; --max_steps is the length of one.
     stages = 2 if "--num_stages=2" in flags else 1
     flags += [f"--max_steps={args.pictures // batch // stages}"]
-    # Raw pixels and the untrained network are the same in every method's cell.
+    # Raw pixels are the same in every method's cell; as the untrained network MAE's draw stands for all.
     flags += [] if method == "MAE" else ["--references=false"]
     folder = runs / slug(method)
     shutil.rmtree(folder, ignore_errors=True)
@@ -157,7 +157,7 @@ def scores() -> dict:
             elif row == "trained":
                 row = method
             elif method != "MAE":
-                # References: raw pixels, and the untrained network of each seed.
+                # References: raw pixels, and the encoder that MAE starts from.
                 continue
             for label in values["knn"]:
                 rows[row, pooling][f"{label}: k-NN"].append(values["knn"][label])

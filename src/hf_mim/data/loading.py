@@ -254,7 +254,7 @@ def resolve_mean_std(
     The mean and standard deviation that the flags ask for: given, or computed. Where they do not say: what the weights
     were `trained` with, if that is known; else ImageNet's for 3 channels, computed for any other number.
     """
-    if args.image_mean is None and trained[0] is not None:
+    if args.image_mean is None and trained[0] is not None and len(trained[0]) in (1, pictures.num_channels):
         # One number for all channels, or one each.
         return tuple(list(values) * (pictures.num_channels // len(values)) for values in trained)
     if args.image_mean is None and pictures.num_channels == 3:

@@ -77,6 +77,7 @@ class PretrainingDataset(Dataset):
 
     @property
     def num_broken(self) -> int:
+        """How many `broken_indices` there are; a stream counts alike."""
         return len(self.broken_indices)
 
     def _read(self, index: int) -> tuple[int, torch.Tensor]:
@@ -120,6 +121,7 @@ class StreamingPretrainingDataset(IterableDataset):
 
     @property
     def num_broken(self) -> int:
+        """As `PictureStream.num_broken`."""
         return self.pictures.num_broken
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

@@ -11,7 +11,7 @@ def push_run(trainer: Trainer) -> None:
     """
     Uploads the trainer's output directory, card included, to `hub_model_id`, which is made if it is not there.
 
-    Not `Trainer.push_to_hub`, which would upload the checkpoints of stages and of earlier runs.
+    Not `Trainer.push_to_hub`, which would upload the stages of a run, with every checkpoint.
     """
     if not trainer.is_world_process_zero():
         return
