@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.utils import logging
 
 from ..hub.vit import encoder_from_vit
+from ..models.vit.alignment import align_weights
 from ..models.vit.configuration_vit import as_pair
 from ..models.vit.frozen import describe_config, load_quietly, read_description, read_normalization, read_source
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
@@ -189,6 +190,7 @@ def build_classifier(args: ClassifierArguments, config) -> PreTrainedModel:
         output_loading_info=True,
         **kwargs,
     )
+    align_weights(model)
     head = {f"classifier.{name}" for name in model.classifier.state_dict()}
     missing = set(info["missing_keys"]) - head
     if missing:

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfi
 from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
 from transformers.utils import cached_file, logging
 
+from .alignment import align_weights
 from .configuration_vit import MaskedViTConfig, as_pair
 from .modeling_vit import MaskedViTModel
 from .pixels import PixelRenormalization
@@ -419,6 +420,7 @@ def load_quietly(model_class, path) -> PreTrainedModel:
     missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise ValueError(f"{path} lacks weights of its encoder: {', '.join(missing[:3])} ({len(missing)} tensors).")
+    align_weights(encoder)
     return encoder
 
 

@@ -18,6 +18,7 @@ from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .alignment import AlignedLoading
 from .configuration_vit import MaskedViTConfig, as_pair
 from .masking import random_masking, restore_order
 from .pixels import PixelRenormalization
@@ -225,7 +226,7 @@ def init_linear(module: nn.Linear | nn.Conv2d) -> None:
         init.zeros_(module.bias)
 
 
-class MaskedViTPreTrainedModel(PreTrainedModel):
+class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
     """Conventions of transformers for all models of hf_mim: names, initialisation, loading."""
 
     config: MaskedViTConfig

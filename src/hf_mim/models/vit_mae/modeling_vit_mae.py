@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.models.vit_mae import modeling_vit_mae as stock
 from transformers.utils.generic import can_return_tuple
 
+from ..vit.alignment import AlignedLoading
 from ..vit.modeling_vit import MaskedViTModel, PreTrainingMixin, init_linear
 from ..vit.position import sincos_position_table
 from .configuration_vit_mae import ViTMAEConfig
@@ -42,7 +43,7 @@ class ViTMAEEmbeddings(stock.ViTMAEEmbeddings):
         return sequence, mask, torch.arange(num_patches, device=sequence.device).expand(batch_size, -1)
 
 
-class ViTMAEPreTrainedModel(stock.ViTMAEPreTrainedModel):
+class ViTMAEPreTrainedModel(AlignedLoading, stock.ViTMAEPreTrainedModel):
     """MAE's initialisation, and position tables that stay fixed through loading."""
 
     config: ViTMAEConfig
