@@ -92,7 +92,8 @@ class TestModel:
             elif "layernorm" in name or "decoder_norm" in name:
                 assert (weight == 1).all(), name
             elif weight.ndim in (2, 4):
-                bound = (6 / (weight.shape[0] + weight[0].numel())) ** 0.5
+                maps = 3 if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) else 1
+                bound = (6 / (maps * weight.shape[0] + weight[0].numel())) ** 0.5
                 assert 0.8 * bound < weight.abs().max() <= bound, name
         for token in (model.vit.embeddings.cls_token, model.decoder.mask_token):
             assert 0.005 < token.std() < 0.04

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
-from ..models.vit.configuration_vit import MaskedViTConfig
+from ..models.vit.configuration_vit import MaskedViTConfig, as_pair
 from ..models.vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTForPreTraining,
@@ -64,10 +64,15 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
             "encoder, to_vit(model.encoder), or tune in another tuning_mode."
         )
     encoder = model.base_model
-    vit_config = ViTConfig(**{name: getattr(config, name) for name in _SHARED_FIELDS}, pooler_act="linear")
+    fields = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    for name in ("image_size", "patch_size"):
+        height, width = as_pair(fields[name])
+        # The stock ViT divides by the patch size as a number when positions are interpolated.
+        fields[name] = height if height == width else [height, width]
+    vit_config = ViTConfig(**fields, pooler_act="linear")
     weights = encoder.vit_state_dict() if isinstance(encoder, MaskedViTModel) else dict(encoder.state_dict())
     if classifier:
-        vit_config.update({"id2label": config.id2label, "label2id": config.label2id})
+        vit_config.update({name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")})
         exported = ViTForImageClassification(vit_config)
         exported.vit.load_state_dict(weights)
         exported.classifier.load_state_dict(model.classifier.state_dict())

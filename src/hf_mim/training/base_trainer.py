@@ -41,8 +41,6 @@ class ViTTrainer(Trainer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        # The models return a loss without labels; the Trainer only looks for an argument `return_loss`.
-        self.can_return_loss = True
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
         self.add_callback(_Hooks(self))

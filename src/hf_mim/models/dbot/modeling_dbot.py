@@ -101,13 +101,19 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
     ) -> DBOTForPreTrainingOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
             noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
                 with the smallest are kept. Drawn if None.
+            return_loss (`bool`, defaults to True): Whether the output has `loss`. (By this argument the Trainer knows
+                that there is a loss without labels.)
 
         Raises:
             ValueError: If the shapes are not those of the config.
@@ -118,7 +124,7 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
         targets = self.teacher_targets(pixel_values)
         loss = self.masked_smooth_l1(predictions, targets, mask)
         return DBOTForPreTrainingOutput(
-            loss=loss,
+            loss=loss if return_loss else None,
             loss_distillation=loss,
             predictions=predictions,
             targets=targets,

@@ -132,7 +132,11 @@ class OCLForPreTraining(MaskedViTForPreTraining):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
     ) -> OCLForPreTrainingOutput:
         """
         Args:
@@ -140,6 +144,8 @@ class OCLForPreTraining(MaskedViTForPreTraining):
                 as many on every process.
             noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
                 with the smallest are kept, of which the smaller half is the first half. Drawn if None.
+            return_loss (`bool`, defaults to True): Whether the output has `loss`. (By this argument the Trainer knows
+                that there is a loss without labels.)
 
         Raises:
             ValueError: If the shapes are not those of the config, or there is nothing to tell a picture from.
@@ -155,7 +161,7 @@ class OCLForPreTraining(MaskedViTForPreTraining):
         features = features.float().unflatten(0, (-1, 2))
         loss = self.contrastive_loss(features)
         return OCLForPreTrainingOutput(
-            loss=loss,
+            loss=loss if return_loss else None,
             loss_contrastive=loss,
             features=features,
             mask=mask,

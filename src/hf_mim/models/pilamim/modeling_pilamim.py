@@ -6,6 +6,7 @@ import torch
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
+from ..vit.averaging import average_weights
 from ..vit.configuration_vit import as_pair
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
@@ -65,6 +66,8 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
 
     config: PiLaMIMConfig
     frozen_modules = ("target_encoder",)
+    # In 16 bits it would stand still: what a step moves it by is rounded to nothing.
+    _keep_in_fp32_modules_strict = ["target_encoder"]
 
     def __init__(self, config: PiLaMIMConfig):
         super().__init__(config)
@@ -88,8 +91,7 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
         """`target = m * target + (1 - m) * encoder`, `m` linear from `ema_momentum` towards `ema_momentum_end`."""
         start, end = self.config.ema_momentum, self.config.ema_momentum_end
         momentum = start + (end - start) * step / num_steps
-        targets, sources = list(self.target_encoder.parameters()), list(self.encoder.parameters())
-        torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+        average_weights(self.target_encoder, self.encoder, momentum)
 
     def fill_missing(self, missing: set[str]) -> set[str]:
         target = {f"target_encoder.{name}" for name in self.target_encoder.state_dict()}
@@ -101,13 +103,19 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
     ) -> PiLaMIMForPreTrainingOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
             noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
                 with the smallest are kept. Drawn if None.
+            return_loss (`bool`, defaults to True): Whether the output has `loss`. (By this argument the Trainer knows
+                that there is a loss without labels.)
 
         Raises:
             ValueError: If the shapes are not those of the config.
@@ -122,9 +130,9 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
         loss_pixel = self.masked_mean_square(pixels - self.pixel_targets(pixel_values), mask)
         loss_latent = self.masked_mean_square(latents[:, 1:] - target[:, 1:], mask)
         loss_cls = (latents[:, 0] - target[:, 0]).square().mean() if self.config.use_cls_loss else None
-        loss = loss_pixel + loss_latent
+        loss = loss_pixel + loss_latent if loss_cls is None else loss_pixel + loss_latent + loss_cls
         return PiLaMIMForPreTrainingOutput(
-            loss=loss if loss_cls is None else loss + loss_cls,
+            loss=loss if return_loss else None,
             loss_pixel=loss_pixel,
             loss_latent=loss_latent,
             loss_cls=loss_cls,

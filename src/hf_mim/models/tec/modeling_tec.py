@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
 from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from ..vit.attention import MaskedViTMLP
 from ..vit.frozen import (
     FrozenSource,
     attention_products,
@@ -28,6 +28,7 @@ from ..vit.modeling_vit import (
     MaskedViTModel,
     add_position_table,
     build_layers,
+    classification_loss,
 )
 from .configuration_tec import TECConfig
 
@@ -73,26 +74,15 @@ class TECForPreTrainingOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-class TECMLP(nn.Module):
-    """Two linear maps with an activation between."""
-
-    def __init__(self, width: int, hidden: int, activation: str):
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.activation = ACT2FN[activation]
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
-
-
 class TECEmbeddings(MaskedViTEmbeddings):
     """The masked ViT's embeddings with the input adapter on [CLS] (section 2.2)."""
 
     def __init__(self, config: TECConfig):
         super().__init__(config)
         width = config.hidden_size
-        self.cls_adapter = TECMLP(width, 4 * width, config.hidden_act) if config.has_input_adapter else nn.Identity()
+        self.cls_adapter = (
+            MaskedViTMLP(width, 4 * width, config.hidden_act) if config.has_input_adapter else nn.Identity()
+        )
 
     def class_token(self) -> torch.Tensor:
         return self.cls_adapter(self.cls_token)
@@ -123,7 +113,7 @@ class TECEncoderAdapter(nn.Module):
         self.layernorm_before = nn.LayerNorm(config.num_hidden_layers * width, eps=config.layer_norm_eps)
         self.fuse = nn.ModuleList(nn.Linear(self.group_size * width, width) for _ in range(groups))
         self.mlps = nn.ModuleList(
-            TECMLP(width, 4 * config.decoder_hidden_size, config.hidden_act) for _ in range(groups)
+            MaskedViTMLP(width, 4 * config.decoder_hidden_size, config.hidden_act) for _ in range(groups)
         )
         self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
@@ -131,7 +121,8 @@ class TECEncoderAdapter(nn.Module):
         """What each group adds, (batch_size, length, hidden_size), the first blocks' first."""
         fused = self.layernorm_before(torch.cat(block_outputs, dim=-1)).chunk(len(self.fuse), dim=-1)
         fused = [fuse(group) for fuse, group in zip(self.fuse, fused, strict=True)]
-        return [group + mlp(group) for mlp, group in zip(self.mlps, fused, strict=True)]
+        dtype = self.layernorm_after.weight.dtype
+        return [group.to(dtype) + mlp(group) for mlp, group in zip(self.mlps, fused, strict=True)]
 
     def forward(self, block_outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """
@@ -284,13 +275,19 @@ class TECForPreTraining(MaskedViTForPreTraining):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
     ) -> TECForPreTrainingOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
             noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
                 with the smallest are kept. Drawn if None.
+            return_loss (`bool`, defaults to True): Whether the output has `loss`. (By this argument the Trainer knows
+                that there is a loss without labels.)
 
         Raises:
             ValueError: If the shapes are not those of the config.
@@ -314,7 +311,7 @@ class TECForPreTraining(MaskedViTForPreTraining):
             loss_attention = -(shares * logits.log_softmax(dim=-1)).sum(dim=-1).mean()
             loss = loss_feature + loss_attention
         return TECForPreTrainingOutput(
-            loss=loss,
+            loss=loss if return_loss else None,
             loss_feature=loss_feature,
             loss_attention=loss_attention,
             predicted_features=features,
@@ -470,7 +467,7 @@ class TECForImageClassification(MaskedViTForImageClassification):
         adapted = self.encoder_adapter(block_outputs(outputs))
         pooled = adapted[:, 0] if self.config.pooling == "cls" else adapted[:, 1:].mean(dim=1)
         logits = self.classifier(pooled)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

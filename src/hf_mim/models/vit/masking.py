@@ -33,10 +33,12 @@ def restore_order(tokens: torch.Tensor, mask_token: torch.Tensor, ids_restore: t
         ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): From [`random_masking`].
 
     Returns:
-        `torch.Tensor` of shape `(batch_size, 1 + num_patches, dim)`: [CLS], then all patches in row-major order.
+        `torch.Tensor` of shape `(batch_size, 1 + num_patches, dim)`: [CLS], then all patches in row-major order, of
+        the mask token's type: the residual stream starts here.
     """
     batch_size, length, dim = tokens.shape
-    hidden = mask_token.to(tokens.dtype).expand(batch_size, ids_restore.shape[1] + 1 - length, dim)
+    tokens = tokens.to(mask_token.dtype)
+    hidden = mask_token.expand(batch_size, ids_restore.shape[1] + 1 - length, dim)
     shuffled = torch.cat((tokens[:, 1:], hidden), dim=1)
     ordered = torch.gather(shuffled, 1, ids_restore.unsqueeze(-1).expand(-1, -1, dim))
     return torch.cat((tokens[:, :1], ordered), dim=1)

@@ -1,24 +1,29 @@
 """
 The masked Vision Transformer that every method shares: encoder, decoder, classifier and backbone.
 
-Parameter names are those of transformers' `ViTModel`, whose attention and MLP are used as they are, so that encoders
-go to and from the stock classes by name. What is added: masking before the patch projection, fixed positions,
-rectangular grids, any number of channels, and stochastic depth.
+Parameter names are those of transformers' `ViTModel`, so that encoders go to and from the stock classes by name. What
+is added: masking before the patch projection, fixed positions, rectangular grids, any number of channels, and
+stochastic depth.
+
+Under autocast, products and attention are of the autocast type. In float32, or the type of the weights, are: the
+residual stream with positions, [CLS] and mask tokens (`MaskedViTEmbeddings`, `restore_order`, `MaskedViTLayer`), every
+LayerNorm, the sum of TEC's adapters, attention logits that are targets (`attention_products`), the normalisation of
+targets, all losses, OCL's temperature and similarities, and averaged targets.
 """
 
 import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.models.vit.modeling_vit import ViTAttention, ViTMLP
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
-from transformers.utils.output_capturing import capture_outputs
 
 from .alignment import AlignedLoading
+from .attention import MaskedViTAttention, MaskedViTMLP
 from .configuration_vit import MaskedViTConfig, as_pair
 from .masking import random_masking, restore_order
 from .pixels import PixelRenormalization
@@ -117,8 +122,9 @@ class MaskedViTEmbeddings(nn.Module):
                 ids_keep.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1]),
             )
         patches = self.patch_embeddings(pixel_values, ids_keep)
+        dtype = self.cls_token.dtype
         cls = (self.class_token() + cls_position).expand(patches.shape[0], -1, -1)
-        return torch.cat((cls.to(patches.dtype), patches + patch_positions.to(patches.dtype)), dim=1)
+        return torch.cat((cls.to(dtype), (patches + patch_positions).to(dtype)), dim=1)
 
 
 class MaskedViTLayer(GradientCheckpointingLayer):
@@ -127,13 +133,18 @@ class MaskedViTLayer(GradientCheckpointingLayer):
     def __init__(self, config, drop_path_rate: float = 0.0):
         super().__init__()
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = ViTAttention(config)
+        self.attention = MaskedViTAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = ViTMLP(config)
+        self.mlp = MaskedViTMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.drop_path = StochasticDepth(drop_path_rate, mode="row") if drop_path_rate > 0.0 else nn.Identity()
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        attention, _ = self.attention(self.layernorm_before(hidden_states), None, **kwargs)
+    def forward(
+        self, hidden_states: torch.Tensor, weights: list[torch.Tensor] | None = None, **kwargs
+    ) -> torch.Tensor:
+        """`weights`, where it is given, gets the attention weights, if the implementation has them."""
+        attention, attended = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        if weights is not None and attended is not None:
+            weights.append(attended)
         hidden_states = hidden_states + self.drop_path(attention)
         return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
 
@@ -217,13 +228,35 @@ def add_position_table(module: nn.Module, config: MaskedViTConfig, dim: int) -> 
 
 
 @torch.no_grad()
-def init_linear(module: nn.Linear | nn.Conv2d) -> None:
-    """Xavier uniform, a convolution being taken for the linear map from patches that it is; the bias 0."""
+def init_linear(module: nn.Linear | nn.Conv2d, fused_maps: int = 1) -> None:
+    """
+    Xavier uniform, a convolution being taken for the linear map from patches that it is; the bias 0.
+
+    Args:
+        fused_maps (`int`, defaults to 1): Of how many maps of this shape, one below the other, the module is one: the
+            bound is that of all, `sqrt(6 / (inputs + fused_maps * outputs))`.
+    """
     # The flag is looked at here because a flattened view of a loaded weight no longer carries it.
     if not getattr(module.weight, "_is_hf_initialized", False):
-        init.xavier_uniform_(module.weight.flatten(1))
+        weight = module.weight.flatten(1)
+        outputs, inputs = weight.shape
+        init.xavier_uniform_(weight, gain=((inputs + outputs) / (inputs + fused_maps * outputs)) ** 0.5)
     if module.bias is not None:
         init.zeros_(module.bias)
+
+
+# What transformers hands through all layers.
+_KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, "return_dict"}
+
+
+def refuse_unknown(model: nn.Module, keywords: dict) -> None:
+    """Raises TypeError if `forward`'s further keywords have one that nothing reads, such as a misspelt argument."""
+    for name in keywords:
+        if name not in _KNOWN_KEYWORDS:
+            raise TypeError(
+                f"forward of {type(model).__name__} has no argument {name!r}. (What decides a network's shape or its "
+                "masking belongs to its config.)"
+            )
 
 
 class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
@@ -240,12 +273,11 @@ class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": MaskedViTLayer, "attentions": ViTAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            init_linear(module)
+            init_linear(module, getattr(module, "fused_maps", 1))
         else:
             super()._init_weights(module)
         if isinstance(module, MaskedViTEmbeddings):
@@ -295,12 +327,14 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         kept = {name: value for name, value in own.items() if name not in plain}
         self.load_state_dict({name: value for name, value in weights.items() if name not in fixed} | kept)
 
-    @capture_outputs(tie_last_hidden_states=False)
+    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor,
         interpolate_pos_encoding: bool = False,
         ids_keep: torch.Tensor | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
+        output_attentions: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -311,6 +345,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
             ids_keep (`torch.LongTensor` of shape `(batch_size * views, num_keep)`, *optional*): The patches to look
                 at, row-major indices, in the order wanted; all of them if None. Several views of a picture follow
                 each other, and so do they in the outputs.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*): Whether, or which of the, `1 +
+                num_hidden_layers` inputs and outputs of blocks are wanted; the others are None.
+            output_attentions (`bool`, *optional*): Whether the attention weights are wanted.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, 1 + L, hidden_size) after the final
@@ -319,13 +356,35 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
 
         Raises:
             ValueError: If the channels or the picture's size are not those of the config.
+            TypeError: If there is no such argument.
         """
+        refuse_unknown(self, kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
         hidden_states = self.embeddings(pixel_values, ids_keep, interpolate_pos_encoding)
+        # Collected here and not by transformers' hooks, which are installed at the first call that asks: torch.compile
+        # cannot trace that.
+        states, weights = [hidden_states], []
         for layer in self.layers:
-            hidden_states = layer(hidden_states, **kwargs)
+            hidden_states = layer(hidden_states, weights if output_attentions else None, **kwargs)
+            states.append(hidden_states)
         hidden_states = self.layernorm(hidden_states)
         pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states[:, 1:].mean(dim=1)
-        return BaseModelOutputWithPooling(last_hidden_state=hidden_states, pooler_output=pooled)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states,
+            pooler_output=pooled,
+            hidden_states=_selected(states, output_hidden_states),
+            attentions=tuple(weights) or None,
+        )
+
+
+def _selected(states: list[torch.Tensor], wanted: bool | int | list[int]) -> tuple[torch.Tensor | None, ...] | None:
+    if isinstance(wanted, bool):
+        return tuple(states) if wanted else None
+    indices = {index % len(states) for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(state if index in indices else None for index, state in enumerate(states))
 
 
 class PreTrainingMixin:
@@ -474,8 +533,54 @@ class MaskedViTForPreTraining(PreTrainingMixin, MaskedViTPreTrainedModel):
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
 
+def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> torch.Tensor:
+    """
+    The loss of `config.problem_type`, in float32.
+
+    Args:
+        logits (`torch.Tensor` of shape `(batch_size, num_labels)`).
+        labels (`torch.Tensor`): "single_label_classification", and None with several labels: class indices
+            (batch_size,), or probabilities (batch_size, num_labels) as mixup and label smoothing give, with
+            cross-entropy. "multi_label_classification": 0 or 1, or what lies between, (batch_size, num_labels), with
+            binary cross-entropy. "regression", and None with one label: numbers (batch_size,) or (batch_size,
+            num_labels), with the mean squared error.
+
+    Raises:
+        ValueError: If the labels' shape is not that of the problem.
+    """
+    problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+    logits = logits.float()
+    if problem == "single_label_classification" and labels.ndim == 1:
+        return nn.functional.cross_entropy(logits, labels)
+    if problem == "regression" and config.num_labels == 1:
+        labels = labels.reshape(-1, 1)
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"labels has the shape {tuple(labels.shape)}; {problem} with num_labels={config.num_labels} takes "
+            f"{tuple(logits.shape)}{' or (batch_size,)' if problem != 'multi_label_classification' else ''}."
+        )
+    if problem == "single_label_classification":
+        return nn.functional.cross_entropy(logits, labels.float())
+    if problem == "multi_label_classification":
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels.float())
+    return nn.functional.mse_loss(logits, labels.float())
+
+
+# Which file of the Hub is meant.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+
+
+def _is_pretraining(architectures: list[str] | None) -> bool:
+    return any(name.endswith("ForPreTraining") for name in architectures or ())
+
+
 class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
-    """An encoder and a linear classifier on its `pooler_output`. Methods set `encoder_class`."""
+    """
+    An encoder and a linear classifier on its `pooler_output`. Methods set `encoder_class`.
+
+    Loaded from a pretraining checkpoint it starts without that run's stochastic depth: `config.drop_path_rate` is 0
+    unless another is asked for.
+    """
 
     accepts_loss_kwargs = False
     encoder_class: type[MaskedViTModel] = MaskedViTModel
@@ -485,6 +590,22 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
         self.encoder = self.encoder_class(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
+        """As `PreTrainedModel.from_pretrained`."""
+        if pretrained_model_name_or_path is not None and "drop_path_rate" not in kwargs:
+            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
+            if _is_pretraining(saved.get("architectures")):
+                if config is None:
+                    kwargs["drop_path_rate"] = 0.0
+                elif _is_pretraining(config.architectures) and config.drop_path_rate == saved.get(
+                    "drop_path_rate", type(config).drop_path_rate
+                ):
+                    # As the Auto classes hand it over. A rate that they were asked for is another.
+                    config.drop_path_rate = 0.0
+        return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
     @can_return_tuple
     def forward(
@@ -497,8 +618,7 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
-            labels (`torch.Tensor`, *optional*): Class indices (batch_size,), or probabilities (batch_size,
-                num_labels) as mixup and label smoothing give; both with cross-entropy.
+            labels (`torch.Tensor`, *optional*): By `config.problem_type`, as [`classification_loss`] takes them.
             interpolate_pos_encoding (`bool`, defaults to False): Accept other sizes than `config.image_size`.
 
         Returns:
@@ -509,7 +629,7 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
         logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else classification_loss(logits, labels, self.config)
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

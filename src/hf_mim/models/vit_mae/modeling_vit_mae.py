@@ -15,7 +15,7 @@ from transformers.models.vit_mae import modeling_vit_mae as stock
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.alignment import AlignedLoading
-from ..vit.modeling_vit import MaskedViTModel, PreTrainingMixin, init_linear
+from ..vit.modeling_vit import MaskedViTModel, PreTrainingMixin, init_linear, refuse_unknown
 from ..vit.position import sincos_position_table
 from .configuration_vit_mae import ViTMAEConfig
 
@@ -57,6 +57,10 @@ class ViTMAEPreTrainedModel(AlignedLoading, stock.ViTMAEPreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init_linear(module)
+        elif isinstance(module, stock.ViTMAEAttention):
+            # One map of all three in MAE's release.
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init_linear(projection, fused_maps=3)
         elif isinstance(module, nn.LayerNorm):
             super()._init_weights(module)
         elif isinstance(module, stock.ViTMAEEmbeddings):
@@ -111,20 +115,30 @@ class ViTMAEForPreTraining(PreTrainingMixin, stock.ViTMAEForPreTraining, ViTMAEP
 
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None, **kwargs
+        self,
+        pixel_values: torch.Tensor,
+        noise: torch.Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
     ) -> ViTMAEForPreTrainingOutput:
         """
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, image_size, image_size)`): Normalised.
             noise (`torch.Tensor` of shape `(batch_size, num_patches)`, *optional*): Uniform in [0, 1); the patches
                 with the smallest are kept. Drawn if None.
+            return_loss (`bool`, defaults to True): Whether the output has `loss`. (By this argument the Trainer knows
+                that there is a loss without labels.)
 
         Raises:
             ValueError: If the shapes are not those of the config.
         """
+        refuse_unknown(self, kwargs)
         noise = self.masking_noise(pixel_values, noise)
         outputs = super().forward(pixel_values, noise=noise, return_dict=True, **kwargs)
-        return ViTMAEForPreTrainingOutput(**outputs, loss_pixel=outputs.loss)
+        outputs = ViTMAEForPreTrainingOutput(**outputs, loss_pixel=outputs.loss)
+        if not return_loss:
+            outputs.loss = None
+        return outputs
 
     @torch.no_grad()
     def reconstruct(
