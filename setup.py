@@ -18,6 +18,7 @@ extras["dev"] = sorted(
     {
         "hypothesis>=6.170",
         "pytest>=9.2",
+        "pytest-xdist>=3.8",
         "ruff==0.17.5",
         *(requirement for group in extras.values() for requirement in group),
     }

@@ -3,3 +3,6 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests run side by side, one a core: threads of one would wait for those of the other.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -19,8 +19,19 @@ from hf_mim.data.image_processing import build_image_processor
 from hf_mim.hub.vit import encoder_from_vit
 from hf_mim.jobs.pretraining import main
 from hf_mim.models.vit.position import sincos_position_table
+from hf_mim.training.arguments import supports_bf16
 from hf_mim.training.trainer import MIMTrainer
-from tiny_training import FLAGS, REPOSITORY, RUN_MIM, environment, losses, run, tiny_config, write_pictures
+from tiny_training import (
+    FLAGS,
+    FORCED_BF16,
+    REPOSITORY,
+    RUN_MIM,
+    environment,
+    losses,
+    run,
+    tiny_config,
+    write_pictures,
+)
 
 VIT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 
@@ -121,7 +132,9 @@ class TestRun:
         ):
             assert (tmp_path / name).is_file(), name
         assert (tmp_path / "reconstructions" / "step-10.png").is_file()
-        assert "effective batch 4" in out and "float32 on cpu" in out and str(tmp_path / "loss_curves.png") in out
+        bf16 = supports_bf16(use_cpu=True) if FORCED_BF16 is None else FORCED_BF16
+        assert f", {'bfloat16' if bf16 else 'float32'} on cpu" in out
+        assert "effective batch 4" in out and str(tmp_path / "loss_curves.png") in out
         encoder = AutoModel.from_pretrained(tmp_path)
         assert encoder(torch.zeros(1, 3, 16, 16)).pooler_output.shape == (1, 32)
         history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]

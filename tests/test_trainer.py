@@ -409,13 +409,16 @@ class TestOptimisation:
     def test_bfloat16_is_close_and_weights_stay_float32(self, tmp_path):
         trainers = [tiny_trainer(tmp_path, max_steps=5, bf16=bf16) for bf16 in (False, True)]
         inner = []
-        trainers[1].model.encoder.layers[0].register_forward_hook(lambda module, inputs, output: inner.append(output))
+        layer = trainers[1].model.encoder.layers[0]
+        # Products are of 16 bits, the residual stream is not.
+        for module in (layer.attention.q_proj, layer):
+            module.register_forward_hook(lambda module, inputs, output: inner.append(output))
         for trainer in trainers:
             trainer.train()
         exact, rounded = (torch.tensor([log["loss"] for log in logged(trainer)]) for trainer in trainers)
         assert not torch.equal(exact, rounded)
         torch.testing.assert_close(rounded, exact, rtol=0.02, atol=0)
-        assert inner[0].dtype == torch.bfloat16
+        assert inner[0].dtype == torch.bfloat16 and inner[1].dtype == torch.float32
         assert {value.dtype for value in trainers[1].model.state_dict().values()} == {torch.float32}
 
 

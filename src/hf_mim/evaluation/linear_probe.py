@@ -53,7 +53,7 @@ class LinearProbe(nn.Module):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Logits (num_heads, batch_size, num_classes) of features (batch_size, dim)."""
         weight, bias = torch.stack(list(self.weights)), torch.stack(list(self.biases))
-        logits = nn.functional.linear(self.norm(features.float()), weight.flatten(0, 1), bias.flatten())
+        logits = nn.functional.linear(self.norm(features.to(weight.dtype)), weight.flatten(0, 1), bias.flatten())
         return logits.unflatten(1, bias.shape).transpose(0, 1)
 
     def step(self, features: torch.Tensor, labels: torch.Tensor, factor: float) -> torch.Tensor:
