@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_mim.models.vit.averaging import average_weights
@@ -37,6 +38,29 @@ def test_a_compiled_network_is_followed():
 def test_other_weights_are_refused():
     with pytest.raises(ValueError, match="1.weight is in one of them|1.bias is in one of them"):
         average_weights(nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), 0.5)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "fc1"], r"encoder\..*(q_proj|fc1)"], ids=["both", "encoder"])
+def test_adapters_are_followed(targets):
+    model = tiny_model("pilamim", "ForPreTraining", ema_momentum=0.9)
+    get_peft_model(model, LoraConfig(r=2, target_modules=targets))
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.encoder.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(generator=generator)
+    layer, target = model.encoder.layers[1].mlp.fc1, model.target_encoder.layers[1].mlp.fc1
+    inputs = torch.randn(5, 32, generator=generator)
+    with torch.no_grad():
+        before, followed = target(inputs), layer(inputs)
+        plain = [model.target_encoder.layers[1].mlp.fc2.weight.clone(), model.encoder.layers[1].mlp.fc2.weight]
+        for step in range(100):
+            model.after_optimizer_step(step, 1000)
+        after = target(inputs)
+    way = (after - before).norm() / (followed - before).norm()
+    assert way > 0.99, way
+    torch.testing.assert_close(after, followed, rtol=0, atol=0.02 * followed.abs().max().item())
+    assert not torch.equal(plain[0], model.target_encoder.layers[1].mlp.fc2.weight)
+    torch.testing.assert_close(model.target_encoder.layers[1].mlp.fc2.weight, plain[1], rtol=0, atol=1e-3)
 
 
 def test_targets_of_16_bits_are_refused():

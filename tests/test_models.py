@@ -13,8 +13,9 @@ from transformers import AutoBackbone, AutoConfig, pipeline
 
 import hf_mim
 from hf_mim.data.image_processing import build_image_processor
+from hf_mim.models.vit.modeling_vit import MaskedViTLayer
 from hf_mim.registry import METHODS, method_class
-from tiny import TINY, scrambled, slow_position_table, tiny_batch, tiny_config, tiny_model
+from tiny import TINY, checkpoint_activations, scrambled, slow_position_table, tiny_batch, tiny_config, tiny_model
 
 AUTO_CLASSES = {
     "AutoModel": "Model",
@@ -189,6 +190,19 @@ class TestEveryMethod:
         for part in TINY[method].besides_encoder:
             assert_initial_values(model.get_submodule(part), model.config)
         assert torch.isfinite(forward(model, tiny_batch(model.config)).loss)
+
+    @pytest.mark.parametrize("suffix", AUTO_CLASSES.values())
+    def test_weights_can_stay_on_the_disk(self, method, suffix, tmp_path):
+        model = tiny_model(method, suffix)
+        model.save_pretrained(tmp_path)
+        loaded = method_class(method, suffix).from_pretrained(
+            tmp_path, device_map={"": "disk"}, offload_folder=tmp_path / "offloaded"
+        )
+        assert all(parameter.is_meta for parameter in loaded.parameters())
+        batch = tiny_batch(model.config)
+        actual, expected = forward(loaded, batch), forward(model, batch)
+        for name in expected:
+            torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-5)
 
     def test_loading_info_is_given_when_asked(self, method, pretrained):
         _, folder = pretrained
@@ -374,6 +388,27 @@ class TestEveryMethod:
         repeated = forward(model, {"pixel_values": pixel_values})
         assert torch.equal(repeated.loss, first.loss) and not torch.equal(second.loss, first.loss)
 
+    def test_plain_trainer_gives_the_held_out_loss(self, method, tmp_path):
+        model = tiny_model(method, "ForPreTraining")
+        batch = tiny_batch(model.config, batch_size=4)
+        pictures = [{name: values[i] for name, values in batch.items()} for i in range(4)]
+        args = transformers.TrainingArguments(tmp_path, use_cpu=True, report_to="none", per_device_eval_batch_size=4)
+        metrics = transformers.Trainer(model=model, args=args, eval_dataset=pictures).evaluate()
+        assert metrics["eval_loss"] == pytest.approx(forward(model, batch).loss.item(), rel=1e-5)
+
+    @pytest.mark.parametrize("suffix", [*AUTO_CLASSES.values(), "Backbone"])
+    def test_what_transformers_passes_on_is_accepted(self, method, suffix):
+        model = tiny_model(method, suffix)
+        batch = tiny_batch(model.config)
+        if suffix != "ForPreTraining":
+            del batch["noise"]
+        passed_on = {"output_attentions": False, "output_hidden_states": False, "return_dict": True}
+        passed_on |= {"num_items_in_batch": torch.tensor(3), "is_causal": False, "interpolate_pos_encoding": False}
+        with torch.no_grad():
+            outputs, expected = model(**batch, **passed_on), model(**batch)
+        for ours, plain in zip(outputs.to_tuple(), expected.to_tuple(), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=0, atol=0)
+
     def test_loss_is_the_sum_of_its_parts(self, method):
         model = tiny_model(method, "ForPreTraining").train()
         outputs = model(**tiny_batch(model.config))
@@ -395,6 +430,23 @@ class TestEveryMethod:
             assert outputs[name].item() != exact[name].item(), f"{name}: autocast had no effect"
         outputs.loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+    def test_residual_stream_is_float32_under_autocast(self, method):
+        """The list in `modeling_vit`: what goes into and comes out of every block, every norm, what is pooled."""
+        model = tiny_model(method, "ForPreTraining").train()
+        seen = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (torch.nn.LayerNorm, MaskedViTLayer)):
+                module.register_forward_hook(
+                    lambda module, inputs, output, name=name: seen.update({name: {inputs[0].dtype, output.dtype}})
+                )
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            outputs = model(**tiny_batch(model.config), output_hidden_states=True)
+            encoded = model.encoder(tiny_batch(model.config)["pixel_values"])
+        assert "encoder.layers.2" in seen and "encoder.layernorm" in seen
+        assert {name: dtypes for name, dtypes in seen.items() if dtypes != {torch.float32}} == {}
+        assert {state.dtype for state in outputs.hidden_states} == {torch.float32}
+        assert {encoded.last_hidden_state.dtype, encoded.pooler_output.dtype} == {torch.float32}
 
     def test_autocast_is_no_further_from_float32_than_the_stock_vit_is(self, method):
         # Deep, and with a channel that stands out, as trained networks have: there a residual stream of 16 bits shows.
@@ -423,8 +475,9 @@ class TestEveryMethod:
     def test_unknown_keywords_are_refused(self, method, suffix):
         model = tiny_model(method, suffix)
         batch = tiny_batch(model.config)
-        for name in ("mask_ratio", "label"):
-            with pytest.raises(TypeError, match=f"no argument '{name}'"):
+        kind = type(model).__name__
+        for name, hint in (("mask_ratio", "It is a field of the config.*"), ("label", "")):
+            with pytest.raises(TypeError, match=f"forward of {kind} has no argument '{name}'. {hint}It takes pixel_v"):
                 model(batch["pixel_values"], **{name: 0.5})
 
     def test_chosen_hidden_states(self, method):
@@ -516,6 +569,16 @@ class TestEveryMethod:
         for name in expected:
             torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-5)
 
+    def test_attention_weights_are_dropped_out_while_training_alone(self, method):
+        model = tiny_model(method, "Model", attention_probs_dropout_prob=0.5)
+        batch = tiny_batch(model.config)
+        expected = forward(tiny_model(method, "Model"), batch).last_hidden_state
+        for attention in ("eager", "sdpa"):
+            model.set_attn_implementation(attention)
+            torch.testing.assert_close(forward(model.eval(), batch).last_hidden_state, expected, rtol=0, atol=1e-5)
+            model.train()
+            assert not torch.equal(forward(model, batch).last_hidden_state, forward(model, batch).last_hidden_state)
+
     def test_attention_can_be_changed_everywhere_later(self, method):
         model = tiny_model(method, "ForPreTraining")
         batch = tiny_batch(model.config)
@@ -582,8 +645,8 @@ class TestEveryMethod:
 
     def test_gradient_checkpointing_changes_no_gradient(self, method):
         plain, saving = (tiny_model(method, "ForPreTraining", drop_path_rate=0.5).train() for _ in range(2))
-        saving.activation_checkpointing_enable()
-        assert saving.is_activation_checkpointing
+        checkpoint_activations(saving)
+        assert all(layer.gradient_checkpointing for layer in saving.encoder.layers)
         losses = []
         for model in (plain, saving):
             torch.manual_seed(7)
@@ -597,7 +660,7 @@ class TestEveryMethod:
 
     def test_gradient_checkpointing_recomputes_the_encoder(self, method):
         model = tiny_model(method, "ForPreTraining").train()
-        model.activation_checkpointing_enable()
+        checkpoint_activations(model)
         calls = []
         model.encoder.layers[1].layernorm_after.register_forward_hook(lambda *_: calls.append(1))
         loss = model(**tiny_batch(model.config)).loss
@@ -631,6 +694,19 @@ class TestEveryMethod:
         with torch.no_grad():
             compiled = torch.compile(model, fullgraph=True, backend="eager")(batch["pixel_values"])
         torch.testing.assert_close(compiled.feature_maps, forward(model, batch).feature_maps)
+
+    def test_no_graph_breaks_where_outputs_are_recorded(self, method):
+        torch._dynamo.reset()
+        model = tiny_model(method, "ForImageClassification", attn_implementation="eager")
+        model.set_attn_implementation("eager")
+        pixel_values = tiny_batch(model.config)["pixel_values"]
+        asked = {"output_hidden_states": True, "output_attentions": True}
+        with torch.no_grad():
+            compiled = torch.compile(model, fullgraph=True, backend="eager")(pixel_values, **asked)
+            expected = model(pixel_values, **asked)
+        assert len(compiled.hidden_states) == 4 and len(compiled.attentions) == 3
+        torch.testing.assert_close(compiled.hidden_states, expected.hidden_states)
+        torch.testing.assert_close(compiled.attentions, expected.attentions)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("suffix", AUTO_CLASSES.values())
@@ -697,6 +773,8 @@ class TestEveryMethod:
             assert asked.config.drop_path_rate == asked.encoder.layers[-1].drop_path.p == 0.1
             asked.save_pretrained(tmp_path / "classifier")
             assert load(tmp_path / "classifier").config.drop_path_rate == 0.1
+            # Asked for, though it is that of the run.
+            assert load(tmp_path / "pretrained", drop_path_rate=0.2).encoder.layers[-1].drop_path.p == 0.2
 
     @pytest.mark.parametrize("pooling", ["cls", "mean"])
     def test_classifier_reads_the_pooled_output(self, method, pooling):

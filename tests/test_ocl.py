@@ -14,7 +14,7 @@ from hf_mim import OCLConfig, OCLForPreTraining
 from hf_mim.evaluation.contrast import alignment, uniformity
 from hf_mim.models.ocl import modeling_ocl
 from hf_mim.training import collapse
-from tiny import scrambled, tiny_batch, tiny_model
+from tiny import checkpoint_activations, scrambled, tiny_batch, tiny_model
 from tiny_training import SIZES, losses, run, tiny_data, tiny_trainer
 
 SMALL = {name: value for name, value in SIZES.items() if "decoder" not in name}
@@ -368,7 +368,7 @@ def test_chunks_of_checkpointed_blocks():
     model = pretraining_model(temperature=0.2)
     batch = tiny_batch(model.config, batch_size=6)
     whole = gradients(model, batch)
-    model.activation_checkpointing_enable()
+    checkpoint_activations(model)
     assert_same_step(gradients(model, batch, chunk_size=2), whole)
 
 

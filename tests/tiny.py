@@ -71,6 +71,12 @@ def tiny_batch(config, batch_size: int = 3, seed: int = 2) -> dict[str, torch.Te
     }
 
 
+def checkpoint_activations(model) -> None:
+    """Turns gradient checkpointing on, by the name that it has in this version of transformers."""
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+
+
 def slow_position_table(rows: int, columns: int, dim: int) -> torch.Tensor:
     """MAE's table (1, 1 + rows * columns, dim), number by number as the methods' specification words it."""
     quarter = dim // 4

@@ -160,6 +160,8 @@ def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, in
         config.tuning_mode = {"all": "full", "head": "linear"}.get(args.trainable, args.trainable)
     if hasattr(config, "drop_path_rate"):
         config.drop_path_rate = args.drop_path_rate
+        # It is no longer the config of the run that trained the weights, whose rate a classifier would leave behind.
+        config.architectures = None
     elif args.drop_path_rate:
         logger.warning(f"A {config.model_type} of transformers has no drop path: --drop_path_rate is left out.")
     return config

@@ -14,6 +14,7 @@ from ..vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTForPreTraining,
     MaskedViTModel,
+    refuse_unknown,
 )
 from .configuration_dbot import DBOTConfig
 
@@ -117,7 +118,9 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
 
         Raises:
             ValueError: If the shapes are not those of the config.
+            TypeError: If there is no such argument.
         """
+        refuse_unknown(self, kwargs)
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
         student = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
         predictions = self.decoder(student.last_hidden_state, ids_restore).float()

@@ -15,6 +15,7 @@ from ..vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTForPreTraining,
     MaskedViTModel,
+    refuse_unknown,
 )
 from .configuration_ocl import MIN_TEMPERATURE, OCLConfig
 
@@ -149,7 +150,9 @@ class OCLForPreTraining(MaskedViTForPreTraining):
 
         Raises:
             ValueError: If the shapes are not those of the config, or there is nothing to tell a picture from.
+            TypeError: If there is no such argument.
         """
+        refuse_unknown(self, kwargs)
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
         # (2 * batch_size, num_keep / 2): both halves of the first picture, both of the second, ...
         halves = ids_keep.unflatten(1, (2, -1)).flatten(0, 1)

@@ -15,6 +15,7 @@ from ..vit.modeling_vit import (
     MaskedViTForPreTraining,
     MaskedViTModel,
     patchify,
+    refuse_unknown,
 )
 from .configuration_pilamim import PiLaMIMConfig
 
@@ -119,7 +120,9 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
 
         Raises:
             ValueError: If the shapes are not those of the config.
+            TypeError: If there is no such argument.
         """
+        refuse_unknown(self, kwargs)
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
         context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
         with torch.no_grad():

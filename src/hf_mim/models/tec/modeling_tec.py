@@ -29,6 +29,7 @@ from ..vit.modeling_vit import (
     add_position_table,
     build_layers,
     classification_loss,
+    refuse_unknown,
 )
 from .configuration_tec import TECConfig
 
@@ -149,6 +150,14 @@ class TECTargetDecoder(nn.Module):
         self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.head = nn.Linear(width, output_size)
 
+    def forward(self, hidden_states: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+        """What the blocks read, (batch_size, 1 + num_patches, decoder_hidden_size), without positions."""
+        return restore_order(self.embed(hidden_states), self.mask_token, ids_restore)
+
+    def read_out(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Predictions (batch_size, length, output_size) from the blocks' output."""
+        return self.head(self.layernorm(tokens))
+
 
 class TECDecoder(nn.Module):
     """
@@ -184,24 +193,21 @@ class TECDecoder(nn.Module):
         """
         targets = [self.feature] if rows is None else [self.feature, self.attention]
         # One batch of both sequences: the blocks are the same.
-        tokens = torch.cat(
-            [restore_order(target.embed(hidden_states), target.mask_token, ids_restore) for target in targets]
-        )
+        tokens = torch.cat([target(hidden_states, ids_restore) for target in targets])
         tokens = tokens + self.position_embeddings.to(tokens.dtype)
         for layer in self.layers:
             tokens = layer(tokens)
         features, *attention = tokens.chunk(len(targets))
-        features = self.feature.head(self.feature.layernorm(features[:, 1:]))
+        features = self.feature.read_out(features[:, 1:])
         return features, self.attention_logits(attention[0], rows) if attention else None
 
     def attention_logits(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Queries of the rows, keys of the patches, their products; nothing of the others is computed."""
-        tokens = self.attention.layernorm(tokens)
+        """Products of the rows' queries and the patches' keys, scaled."""
         samples = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
-        weights = zip(self.attention.head.weight.chunk(2), self.attention.head.bias.chunk(2), strict=True)
+        queries, keys = self.attention.read_out(tokens).chunk(2, dim=-1)
         queries, keys = (
-            nn.functional.linear(inputs, *weight).unflatten(2, (self.base_heads, -1)).transpose(1, 2)
-            for inputs, weight in zip((tokens[samples, rows], tokens[:, 1:]), weights, strict=True)
+            vectors.unflatten(2, (self.base_heads, -1)).transpose(1, 2)
+            for vectors in (queries[samples, rows], keys[:, 1:])
         )
         return attention_products(queries, keys) * self.scale
 
@@ -291,7 +297,9 @@ class TECForPreTraining(MaskedViTForPreTraining):
 
         Raises:
             ValueError: If the shapes are not those of the config.
+            TypeError: If there is no such argument.
         """
+        refuse_unknown(self, kwargs)
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
         context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
         adapted = context.last_hidden_state
@@ -461,6 +469,7 @@ class TECForImageClassification(MaskedViTForImageClassification):
         """As of `MaskedViTForImageClassification`; with encoder adapters the classifier reads their output."""
         if self.encoder_adapter is None:
             return super().forward(pixel_values, labels, interpolate_pos_encoding, return_dict=True, **kwargs)
+        refuse_unknown(self, kwargs)
         outputs = self.encoder(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )

@@ -14,7 +14,8 @@ def average_weights(target: nn.Module, source: nn.Module, momentum: float) -> No
 
     Args:
         target: The averaged network, in float32.
-        source: The trained one, of the same parameter names.
+        source: The trained one, of the same parameter names. Where it alone has adapters of PEFT, these are added to
+            the weights that they adapt.
         momentum (`float`): In [0, 1].
 
     Raises:
@@ -30,6 +31,8 @@ def average_weights(target: nn.Module, source: nn.Module, momentum: float) -> No
                 "dtype), and train in 16 bits by autocast (bf16=True)."
             )
     if targets.keys() != sources.keys():
+        sources = _merged(source)
+    if targets.keys() != sources.keys():
         name = sorted(targets.keys() ^ sources.keys())[0]
         raise ValueError(
             f"The averaged network and the one that it follows have not the same weights: {name} is in one of them. "
@@ -37,6 +40,22 @@ def average_weights(target: nn.Module, source: nn.Module, momentum: float) -> No
         )
     followed = [sources[name].to(weight.dtype) for name, weight in targets.items()]
     torch._foreach_lerp_(list(targets.values()), followed, 1.0 - momentum)
+
+
+def _merged(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Weights by plain names, with what PEFT's adapters add to them."""
+    adapters = {_plain_name(name): module for name, module in network.named_modules() if hasattr(module, "base_layer")}
+    prefixes = tuple(f"{name}.lora_" for name in adapters)
+    weights = {}
+    for name, weight in ((_plain_name(name), weight) for name, weight in network.named_parameters()):
+        if name.startswith(prefixes):
+            continue
+        layer = name.removesuffix(".base_layer.weight")
+        if layer in adapters and not adapters[layer].merged:
+            for adapter in adapters[layer].active_adapters:
+                weight = weight + adapters[layer].get_delta_weight(adapter)
+        weights[name.replace(".base_layer.", ".")] = weight
+    return weights
 
 
 def _plain_name(name: str) -> str:

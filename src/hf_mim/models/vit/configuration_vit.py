@@ -68,6 +68,17 @@ class MaskedViTConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         self.check_sizes()
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """
+        As `PreTrainedConfig.from_dict`. With a `drop_path_rate` of the caller's own it is no longer the config of the
+        run that `architectures` names, whose rate a classifier would leave behind.
+        """
+        loaded = super().from_dict(config_dict, **kwargs)
+        if "drop_path_rate" in kwargs:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).architectures = None
+        return loaded
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches per column and per row: (rows, columns)."""

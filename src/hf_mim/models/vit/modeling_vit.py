@@ -11,6 +11,8 @@ LayerNorm, the sum of TEC's adapters, attention logits that are targets (`attent
 targets, all losses, OCL's temperature and similarities, and averaged targets.
 """
 
+import inspect
+
 import torch
 from torch import nn
 from torchvision.ops import StochasticDepth
@@ -47,14 +49,25 @@ def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.T
     return patches.permute(0, 2, 4, 1, 3, 5)
 
 
+class MaskedViTPatchProjection(nn.Conv2d):
+    """A convolution by name and shape, for exchange with ViT; of patches it is the linear map that it stands for."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Tokens of patches (batch_size, length, pixels of a patch); of whole pictures as `nn.Conv2d`."""
+        if pixels.ndim != 3:
+            return super().forward(pixels)
+        return nn.functional.linear(pixels, self.weight.flatten(1), self.bias)
+
+
 class MaskedViTPatchEmbeddings(nn.Module):
     """The linear map from patches to tokens, applied to the kept patches only."""
 
     def __init__(self, config: MaskedViTConfig):
         super().__init__()
         self.patch_size = as_pair(config.patch_size)
-        # A convolution by name and shape, for exchange with ViT; used as the linear map that it is.
-        self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
+        self.projection = MaskedViTPatchProjection(
+            config.num_channels, config.hidden_size, self.patch_size, self.patch_size
+        )
 
     def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
         """Tokens (batch_size, num_keep or num_patches, hidden_size) of the patches `ids_keep`, None for all."""
@@ -66,7 +79,8 @@ class MaskedViTPatchEmbeddings(nn.Module):
             samples = torch.arange(ids_keep.shape[0], device=patches.device).unsqueeze(1)
             samples = samples // (ids_keep.shape[0] // patches.shape[0])
             patches = patches[samples, ids_keep // columns, ids_keep % columns]
-        return nn.functional.linear(patches.flatten(2), self.projection.weight.flatten(1), self.projection.bias)
+        # By its call and not by its weights, which may lie on the disk until then.
+        return self.projection(patches.flatten(2))
 
 
 class MaskedViTEmbeddings(nn.Module):
@@ -245,18 +259,19 @@ def init_linear(module: nn.Linear | nn.Conv2d, fused_maps: int = 1) -> None:
         init.zeros_(module.bias)
 
 
-# What transformers hands through all layers.
-_KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, "return_dict"}
+# What transformers hands through all layers, and what every ViT takes.
+_KNOWN_KEYWORDS = {*TransformersKwargs.__annotations__, "interpolate_pos_encoding", "return_dict"}
 
 
-def refuse_unknown(model: nn.Module, keywords: dict) -> None:
+def refuse_unknown(model: PreTrainedModel, keywords: dict) -> None:
     """Raises TypeError if `forward`'s further keywords have one that nothing reads, such as a misspelt argument."""
     for name in keywords:
         if name not in _KNOWN_KEYWORDS:
-            raise TypeError(
-                f"forward of {type(model).__name__} has no argument {name!r}. (What decides a network's shape or its "
-                "masking belongs to its config.)"
-            )
+            known = [parameter for parameter in inspect.signature(model.forward).parameters if parameter != "kwargs"]
+            hint = f"It takes {', '.join(known)}."
+            if hasattr(model.config, name):
+                hint = f"It is a field of the config: set it there, before the model is built. {hint}"
+            raise TypeError(f"forward of {type(model).__name__} has no argument {name!r}. {hint}")
 
 
 class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
@@ -603,7 +618,7 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
                 elif _is_pretraining(config.architectures) and config.drop_path_rate == saved.get(
                     "drop_path_rate", type(config).drop_path_rate
                 ):
-                    # As the Auto classes hand it over. A rate that they were asked for is another.
+                    # As the Auto classes hand it over; with a rate that is asked for it names no architecture.
                     config.drop_path_rate = 0.0
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
 
@@ -625,6 +640,7 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
             `ImageClassifierOutput`: `loss` (if `labels`), `logits` (batch_size, num_labels), and `hidden_states`,
             `attentions` when asked for.
         """
+        refuse_unknown(self, kwargs)
         outputs = self.encoder(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
@@ -661,6 +677,7 @@ class MaskedViTBackbone(BackboneMixin, MaskedViTPreTrainedModel):
             `BackboneOutput`: `feature_maps`, one a stage of `config.out_features` ("stem", "stage1", ...), each
             (batch_size, hidden_size, rows, columns): the patch tokens after the final LayerNorm.
         """
+        refuse_unknown(self, kwargs)
         kwargs["output_hidden_states"] = True
         outputs = self.encoder(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
