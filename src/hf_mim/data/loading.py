@@ -172,6 +172,11 @@ def _subset(pictures: PictureDataset, num: int | None) -> PictureDataset:
     return pictures.select(np.sort(_fixed_order(len(pictures))[:num]))
 
 
+def spread_indices(length: int, num: int) -> list[int]:
+    """`num` indices below `length` (all, where there are fewer), the same each time, from anywhere, in order."""
+    return np.sort(_fixed_order(length)[:num]).tolist()
+
+
 def _fixed_order(length: int) -> np.ndarray:
     """An order that never changes: a folder sorted by class must not lose its last classes to a limit."""
     return np.random.Generator(np.random.PCG64(0)).permutation(length)

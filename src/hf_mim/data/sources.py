@@ -1,5 +1,6 @@
 """Collections of pictures with labels: one kind that is indexed, one that is streamed, and what they are made from."""
 
+import contextlib
 import gzip
 import hashlib
 import os
@@ -16,6 +17,9 @@ from transformers.utils import logging
 from .pictures import PICTURE_EXTENSIONS, BrokenPictureError, read_picture
 
 logger = logging.get_logger(__name__)
+
+# Pictures that `content_fingerprint` looks into.
+_SAMPLED = 256
 
 
 class PictureDataset(Dataset):
@@ -90,6 +94,20 @@ class PictureDataset(Dataset):
                 picture = self[index].contiguous()
                 digest.update(f"{picture.dtype} {tuple(picture.shape)}".encode())
                 digest.update(picture.numpy())
+        return digest.hexdigest()
+
+    def content_fingerprint(self) -> str:
+        """A hash that a copy elsewhere shares, and that no other set of pictures is likely to have.
+
+        Of their number, the names of all files, and the stored bytes of 256 of them, from everywhere, not decoded.
+        """
+        digest = hashlib.sha256(f"{self.num_channels} {len(self)}".encode())
+        if isinstance(self._values, FilePictures):
+            digest.update(np.ascontiguousarray(self._values.paths[self._rows]))
+        for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).round().astype(np.int64)).tolist():
+            # A broken picture counts as an empty one.
+            with contextlib.suppress(OSError, BrokenPictureError):
+                digest.update(_stored_bytes(self._value(index)))
         return digest.hexdigest()
 
     def _value(self, index: int):
@@ -180,6 +198,18 @@ class PictureStream:
         value = example[self.column]
         path = value.get("path") if isinstance(value, dict) else None
         return f"{path} (in {self.source})" if path else f"picture {row} of the stream {self.source}"
+
+
+def _stored_bytes(value) -> bytes:
+    """What is stored of a picture, of any kind that `read_picture` takes."""
+    if isinstance(value, dict):
+        value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, str | os.PathLike):
+        return Path(value).read_bytes()
+    array = np.asarray(value)
+    return f"{array.dtype} {array.shape}".encode() + array.tobytes()
 
 
 # --- a folder of pictures

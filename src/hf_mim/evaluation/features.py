@@ -30,13 +30,17 @@ _MAX_LABELLED, _MAX_TEST = 10000, 4000
 
 
 def labelled_splits(
-    pictures: PictureSplits, max_train: int = _MAX_LABELLED, max_test: int = _MAX_TEST
+    pictures: PictureSplits, max_train: int = _MAX_LABELLED, max_test: int = _MAX_TEST, *, skip_broken: bool = True
 ) -> tuple[PictureDataset, PictureDataset]:
-    """Training and held-out pictures to judge features by: so many at most, the same at each call, all readable."""
+    """
+    Training and held-out pictures to judge features by: so many at most, the same at each call. With `skip_broken`
+    each is read once, here, to leave out those that cannot be.
+    """
     splits = []
     for data, most in ((pictures.train, max_train), (pictures.validation, max_test)):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most]
-        splits.append(without_broken(data.select(order.numpy())))
+        data = data.select(order.numpy())
+        splits.append(without_broken(data) if skip_broken else data)
     return tuple(splits)
 
 

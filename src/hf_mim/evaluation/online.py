@@ -23,6 +23,7 @@ class OnlineEvaluation:
         processor: The image processor: features are those of whole pictures, without augmentation.
         knn, linear (`bool`): Which of the two.
         pooling (`str`, defaults to `"cls"`): See [`blocks_read`].
+        skip_broken (`bool`): Read all pictures now, and leave out those that cannot be read; else one stops it.
 
     Raises:
         ValueError: If the pictures have no labels, or are a stream.
@@ -38,13 +39,14 @@ class OnlineEvaluation:
         pooling: str = "cls",
         num_workers: int = 0,
         bf16: bool = False,
+        skip_broken: bool = False,
     ):
         if isinstance(pictures.train, PictureStream):
             raise ValueError(
                 "--eval_knn and --online_probe look at the training pictures again, which a stream does not allow: "
                 "leave out --streaming, or these two."
             )
-        self.train, self.test = labelled_splits(pictures)
+        self.train, self.test = labelled_splits(pictures, skip_broken=skip_broken)
         self.train_labels, self.test_labels = shared_labels(self.train, self.test)
         check_labelled(pictures, self.train_labels, "--eval_knn and --online_probe need them")
         self.processor, self.pooling = processor, pooling

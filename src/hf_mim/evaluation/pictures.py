@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from ..files import replacing
+
 _GAP, _TILE, _LABEL = 2, 128, 104
 
 
@@ -104,7 +106,8 @@ def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
             panel.yaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3)
         panel.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
     return True
 
@@ -127,6 +130,7 @@ def draw_shares(shares: list[float], path: str | Path) -> Path:
     panel.bar_label(bars, fmt="{:.2f}")
     panel.set(xlabel="group of blocks, from input to output", ylabel="share", xticks=range(1, 1 + len(shares)))
     panel.set_ylim(0, 1.15 * max(shares))
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
     return Path(path)

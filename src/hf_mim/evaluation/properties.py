@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from ..files import replacing
 from ..models.vit.configuration_vit import as_pair
 
 
@@ -161,6 +162,7 @@ def _panels(number: int):
 def _save(figure, path: str | Path) -> Path:
     import matplotlib.pyplot as plt
 
-    figure.savefig(path, dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
     plt.close(figure)
     return Path(path)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..files import replacing
 from .pictures import to_rgb
 
 
@@ -115,7 +116,8 @@ def draw_tsne(
             spine.set_color("0.8")
     handles, texts = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, texts, title=label, loc="outside right upper", frameon=False, markerscale=2.2)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 
@@ -155,7 +157,8 @@ def draw_scores(results: dict, models: list[str], path: str | Path) -> None:
     for panel in panels[-1]:
         panel.set_xlabel("accuracy in %", fontsize=9)
     panels[0, 0].invert_yaxis()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
     plt.close(figure)
 
 

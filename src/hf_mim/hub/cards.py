@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..evaluation.report import describe_results, markdown_table, results_table
+from ..files import write_text
 from ..models.vit.configuration_vit import as_pair
 from ..registry import BASELINES, method_name
 
@@ -81,8 +82,8 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
     """
     baseline = config.model_type in BASELINES
     height, width_pixels = as_pair(config.image_size)
-    path = Path(folder) / "README.md"
-    path.write_text(
+    return write_text(
+        Path(folder) / "README.md",
         _TEMPLATE.format(
             model_type=config.model_type,
             method=method_name(config.model_type),
@@ -97,9 +98,7 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
             training="\n".join(f"- {name}: {value}" for name, value in training.items()),
             results=_results(results),
         ),
-        encoding="utf-8",
     )
-    return path
 
 
 def _results(results: dict | None) -> str:
@@ -143,8 +142,8 @@ def write_classifier_card(folder: str | Path, name: str, config, training: dict[
     """As `write_card`, of a classifier; `results` has `accuracy`, `num_test`, and `robustness` by test set."""
     robustness = results["robustness"]
     accuracies = [results["accuracy"], *(metrics["accuracy"] for metrics in robustness.values())]
-    path = Path(folder) / "README.md"
-    path.write_text(
+    return write_text(
+        Path(folder) / "README.md",
         _CLASSIFIER_TEMPLATE.format(
             model_type=config.model_type,
             num_labels=config.num_labels,
@@ -157,6 +156,4 @@ def write_classifier_card(folder: str | Path, name: str, config, training: dict[
             rules="|---" * len(robustness),
             accuracies=" | ".join(f"{accuracy:.2f}" for accuracy in accuracies),
         ).replace(" |  |\n", " |\n"),
-        encoding="utf-8",
     )
-    return path

@@ -1,8 +1,8 @@
 """The job of `examples/run_image_classification.py`: from flags to a classifier, and to how often it is right."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from accelerate import PartialState
@@ -15,17 +15,19 @@ from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve
 from ..data.sources import PictureDataset, check_folder, from_folder
 from ..evaluation.pictures import draw_loss_curves
 from ..evaluation.robustness import match_classes
+from ..files import write_json
 from ..hub.cards import write_classifier_card
 from ..hub.sharing import push_run
 from ..models.vit.configuration_vit import as_pair
 from ..training.arguments import ViTTrainingArguments
 from ..training.building import build_classifier, build_classifier_config, trained_normalization
 from ..training.callbacks import SaveOnInterrupt
-from ..training.checkpoints import checkpoint_to_resume
+from ..training.checkpoints import check_same_run, checkpoint_to_resume
 from ..training.command import ClassifierArguments, parse_arguments, say
 from ..training.errors import run_job
 from ..training.finetuning_trainer import FineTuningTrainer
 from ..training.presets import FINE_TUNING_PRESETS
+from ..training.run_lock import only_run_in
 from ..training.trainable import add_lora, describe_trainable, set_trainable
 
 
@@ -37,6 +39,17 @@ class FineTuningArguments(ViTTrainingArguments):
     Raises:
         ValueError: If a number is out of its range, or mixing meets batches that cannot be paired.
     """
+
+    _deciding: ClassVar[tuple[str, ...]] = (
+        *ViTTrainingArguments._deciding,
+        "layer_decay",
+        "label_smoothing_factor",
+        "mixup",
+        "cutmix",
+        "random_erasing",
+        "auto_augment",
+        "ema_decay",
+    )
 
     base_learning_rate: float = field(
         default=5e-4,
@@ -120,6 +133,11 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
     Returns:
         `int`: 0, or 130 after an interrupt.
     """
+    with only_run_in(args.output_dir):
+        return _finetune(model_args, data_args, args)
+
+
+def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: FineTuningArguments) -> int:
     if data_args.streaming:
         raise ValueError("Fine-tuning goes through its labelled pictures in epochs: leave --streaming out.")
     if model_args.lora_rank is not None and args.ema_decay is not None:
@@ -164,7 +182,20 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
         train_dataset=train_data,
         eval_dataset=held_out,
         processing_class=processor,
+        run_settings={
+            "start": model_args.model_name_or_path or "untrained",
+            "label": label,
+            "trainable": model_args.trainable,
+            "lora_rank": model_args.lora_rank,
+            "drop_path_rate": model_args.drop_path_rate,
+            "crop_scale_min": data_args.crop_scale_min,
+            "horizontal_flip": data_args.horizontal_flip,
+            "image_mean": list(map(float, mean)),
+            "image_std": list(map(float, std)),
+        },
     )
+    if str(args.resume_from_checkpoint).lower() != "false":
+        check_same_run(args.output_dir, trainer.run_record)
     interrupt = SaveOnInterrupt(trainer)
     trainer.add_callback(interrupt)
     unseen = len(names) - len(np.unique(pictures.train.labels[label]))
@@ -173,7 +204,7 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
         f"{len(pictures.validation)} held-out pictures, {len(names)} classes of {label!r}"
         f"{f' ({unseen} without a training picture)' if unseen else ''}; effective batch "
         f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, "
-        f"{'bfloat16' if args.bf16 else 'float16' if args.fp16 else 'float32'} on {args.device}."
+        f"{args.precision} on {args.device}."
     )
     if checkpoint is not None:
         say(f"Resuming from {checkpoint}.")
@@ -183,6 +214,8 @@ def finetune(model_args: ClassifierArguments, data_args: DataArguments, args: Fi
         interrupt.restore()
     if train_data.num_broken:
         say(f"Skipped {train_data.num_broken} broken pictures (--skip_broken_images).")
+    if checkpoint is not None and not trainer.num_steps_trained:
+        say(f"Nothing is left to train: {args.output_dir} holds all {trainer.state.global_step} steps of this run.")
     if interrupt.stopped:
         say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
         return 130
@@ -303,20 +336,21 @@ def _plain_metrics(metrics: dict[str, float], name: str | None = None) -> dict[s
 
 def write_results(trainer, model_args, data_args, results: dict) -> None:
     """Writes `results.json`, the loss curves and the card, and says how good the classifier is and where it lies."""
-    args, folder = trainer.args, Path(trainer.args.output_dir)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    args, folder, run = trainer.args, Path(trainer.args.output_dir), trainer.run_record["decides"]
+    write_json(folder / "results.json", results)
     draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png")
     training = {
-        "start": model_args.model_name_or_path or "untrained",
+        "start": run["start"],
         "data": f"{data_args.dataset_name or data_args.train_dir or 'scenes (embedded)'}, label {results['label']!r}, "
         f"{results['num_train']} training pictures",
-        "steps": f"{trainer.state.global_step}, of {args.effective_batch_size} pictures",
-        "peak learning rate": f"{args.learning_rate:.3g}, times {args.layer_decay:g} a block below the head",
-        "augmentation": f"smallest crop {data_args.crop_scale_min:g}, {args.auto_augment}, erasing "
-        f"{args.random_erasing:g}, mixup {args.mixup:g}, cutmix {args.cutmix:g}, label smoothing "
-        f"{args.label_smoothing_factor:g}",
+        "steps": f"{trainer.state.global_step}, of {run['effective_batch_size']} pictures",
+        "peak learning rate": f"{run['learning_rate']:.3g}, times {run['layer_decay']:g} a block below the head",
+        "augmentation": f"smallest crop {run['crop_scale_min']:g}, {run['auto_augment']}, erasing "
+        f"{run['random_erasing']:g}, mixup {run['mixup']:g}, cutmix {run['cutmix']:g}, label smoothing "
+        f"{run['label_smoothing_factor']:g}",
         "parameters": results["trained"],
-        "seed": str(args.seed),
+        "precision": run["precision"],
+        "seed": str(run["seed"]),
     }
     write_classifier_card(folder, args.hub_model_id or str(folder), trainer.model.config, training, results)
     say(f"\nAccuracy: {results['accuracy']:.2f} % of {results['num_test']} held-out pictures.")

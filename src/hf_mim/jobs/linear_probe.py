@@ -1,6 +1,5 @@
 """Linear probing: from flags to the accuracy of linear classifiers on frozen features."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from ..evaluation.features import extract_features, shared_labels
 from ..evaluation.linear_probe import LinearProbe, train_probes
 from ..evaluation.online import check_labelled
 from ..evaluation.report import text_table
+from ..files import write_json
 from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
@@ -187,7 +187,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "linear_probe.json"
-        path.write_text(json.dumps(_describe(args, data_args, train, test) | {"results": results}, indent=2) + "\n")
+        write_json(path, _describe(args, data_args, train, test) | {"results": results})
         print(f"\nAccuracy in % on {len(test)} held-out pictures: last epoch / best epoch (which)")
         print(text_table(probe_table(results)))
         print(f"\nAll epochs are in {path}.", flush=True)

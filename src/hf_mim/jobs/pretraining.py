@@ -1,7 +1,6 @@
 """The main job: from flags to a pretrained encoder, and to what it is worth."""
 
 import gc
-import json
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ from transformers import set_seed
 
 from ..data.arguments import DataArguments
 from ..data.image_processing import build_image_processor, evaluation_transform
-from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std
+from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, spread_indices
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.sources import PictureStream
 from ..data.transforms import PretrainingTransform, sample_generator
@@ -19,6 +18,7 @@ from ..evaluation.features import extract_features, labelled_splits, shared_labe
 from ..evaluation.online import OnlineEvaluation
 from ..evaluation.pictures import draw_loss_curves, draw_shares
 from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features, results_table, text_table
+from ..files import replacing, write_json
 from ..hub.cards import write_card
 from ..hub.sharing import push_run
 from ..models.vit.configuration_vit import as_pair
@@ -32,9 +32,12 @@ from ..training.building import (
     trained_normalization,
 )
 from ..training.callbacks import LogReconstructions, SaveOnInterrupt
+from ..training.checkpoints import check_same_run
 from ..training.command import ModelArguments, parse_arguments, say
 from ..training.errors import run_job
+from ..training.run_lock import only_run_in
 from ..training.stages import (
+    check_finished_stages,
     mark_finished,
     optimizer_state_of,
     run_history,
@@ -61,6 +64,11 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     Returns:
         `int`: 0, or 130 after an interrupt.
     """
+    with only_run_in(training_args.output_dir):
+        return _pretrain(model_args, data_args, training_args)
+
+
+def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_args: MIMTrainingArguments) -> int:
     stages = stage_arguments(training_args)
     if data_args.streaming and any(args.max_steps <= 0 for args in stages):
         raise ValueError("--streaming data has no length, so give --max_steps (and --warmup_steps, not epochs).")
@@ -80,8 +88,18 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
     processor = build_image_processor(
         as_pair(config.image_size), config.num_channels, mean, std, floating_point=first_picture.is_floating_point()
     )
-    feature_evaluation = build_feature_evaluation(training_args, pictures, processor)
+    feature_evaluation = build_feature_evaluation(
+        training_args, pictures, processor, skip_broken=data_args.skip_broken_images
+    )
 
+    settings = {
+        "start": model_args.model_name_or_path or "untrained",
+        "learns_from": model_args.base_model_name_or_path or model_args.teacher_model_name_or_path,
+        "crop_scale_min": data_args.crop_scale_min,
+        "horizontal_flip": data_args.horizontal_flip,
+        "image_mean": list(map(float, mean)),
+        "image_std": list(map(float, std)),
+    }
     requested = False
     for stage in range(first, len(stages)):
         if stage > first:
@@ -97,11 +115,16 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
             train_dataset=train_data,
             eval_dataset=held_out,
             processing_class=processor,
+            run_settings=settings,
             stage=stage if len(stages) > 1 else None,
             optimizer_state=optimizer_state_of(stages[stage - 1]) if stage > 0 and args.keep_optimizer_state else None,
         )
         trainer.feature_evaluation = feature_evaluation
-        shown = trainer.data_collator([held_out[0, index] for index in range(min(_NUM_SHOWN, len(held_out)))])
+        if stage == first:
+            check_finished_stages(stages, first, trainer.run_record)
+            if len(stages) == 1 and str(args.resume_from_checkpoint).lower() != "false":
+                check_same_run(args.output_dir, trainer.run_record)
+        shown = trainer.data_collator([held_out[0, index] for index in spread_indices(len(held_out), _NUM_SHOWN)])
         reconstructions = LogReconstructions(trainer, shown, mean, std)
         interrupt = SaveOnInterrupt(trainer)
         # A request that came too late for the stage before.
@@ -117,9 +140,13 @@ def pretrain(model_args: ModelArguments, data_args: DataArguments, training_args
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
             interrupt.restore()
-        checkpoint, requested = None, interrupt.requested
+        is_resumed, checkpoint, requested = checkpoint is not None, None, interrupt.requested
         if train_data.num_broken:
             say(f"Skipped {train_data.num_broken} broken pictures (--skip_broken_images).")
+        if is_resumed and not trainer.num_steps_trained:
+            say(
+                f"Nothing is left to train: {args.output_dir} holds all {trainer.state.global_step} steps of this run."
+            )
         if interrupt.stopped:
             say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
             return 130
@@ -157,13 +184,14 @@ def save_stage(trainer: MIMTrainer) -> None:
     trainer.save_state()
     if trainer.is_world_process_zero():
         if trainer.args.keep_optimizer_state:
-            torch.save(trainer.optimizer.state_dict(), optimizer_state_of(trainer.args))
+            with replacing(optimizer_state_of(trainer.args)) as temporary:
+                torch.save(trainer.optimizer.state_dict(), temporary)
         mark_finished(trainer.args)
     PartialState().wait_for_everyone()
 
 
 def build_feature_evaluation(
-    args: MIMTrainingArguments, pictures: PictureSplits, processor
+    args: MIMTrainingArguments, pictures: PictureSplits, processor, *, skip_broken: bool = False
 ) -> OnlineEvaluation | None:
     """
     What `--eval_knn` and `--online_probe` ask for; None for neither.
@@ -185,6 +213,7 @@ def build_feature_evaluation(
             linear=args.online_probe,
             num_workers=args.dataloader_num_workers,
             bf16=args.bf16,
+            skip_broken=skip_broken,
         )
     best = (args.metric_for_best_model or "").removeprefix("eval_")
     names = evaluation.names if evaluation is not None else []
@@ -259,7 +288,7 @@ def write_results(
         drawn.append(draw_shares(shares, folder / "adapter_shares.png"))
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
     if results is not None:
-        (folder / "features.json").write_text(json.dumps(results, indent=2) + "\n")
+        write_json(folder / "features.json", results)
         say("\n" + format_results(results))
     name = trainer.args.hub_model_id or str(folder)
     write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results)
@@ -315,12 +344,11 @@ def describe_stage(trainer: MIMTrainer, pictures: PictureSplits) -> str:
     """What is trained, on what, and how."""
     args, model = trainer.args, trainer.model
     stage = "" if trainer.stage is None else f"Stage {trainer.stage} (the last is {args.num_stages - 1}). "
-    precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
     (height, width), (patch_height, patch_width) = as_pair(model.config.image_size), as_pair(model.config.patch_size)
     return (
         f"{stage}{method_name(model.config.model_type)}: {count_parameters(model)}; {describe_data(pictures)} of "
         f"{height} x {width} pixels, in patches of {patch_height} x {patch_width}; effective batch "
-        f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {precision} on {args.device}."
+        f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {args.precision} on {args.device}."
     )
 
 
@@ -338,12 +366,15 @@ def describe_data(pictures: PictureSplits) -> str:
 
 def describe_training(trainer, data_args, pictures: PictureSplits, stages) -> dict[str, str]:
     """The settings that the model card tells."""
-    args = trainer.args
     several = {"stages": f"{len(stages)}; what follows is of the last"} if len(stages) > 1 else {}
+    run = trainer.run_record["decides"]
     return several | {
+        "start": run["start"],
         "data": f"{data_args.dataset_name or data_args.train_dir or 'scenes (embedded)'}, {describe_data(pictures)}",
-        "steps": f"{trainer.state.global_step}, of {args.effective_batch_size} pictures",
-        "peak learning rate": f"{args.learning_rate:.3g}, cosine; weight decay {args.weight_decay:g}",
-        "smallest crop": f"{data_args.crop_scale_min:g} of the area",
-        "seed": str(args.seed),
+        "steps": f"{trainer.state.global_step}, of {run['effective_batch_size']} pictures",
+        "peak learning rate": f"{run['learning_rate']:.3g}, {run['lr_scheduler_type']}; weight decay "
+        f"{run['weight_decay']:g}",
+        "smallest crop": f"{run['crop_scale_min']:g} of the area",
+        "precision": run["precision"],
+        "seed": str(run["seed"]),
     }

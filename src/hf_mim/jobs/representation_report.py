@@ -1,6 +1,5 @@
 """The representation report: what one or several models' features are worth, in numbers and pictures."""
 
-import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +35,7 @@ from ..evaluation.representation import (
     patch_colours,
     require_sklearn,
 )
+from ..files import save_picture, write_json, write_text
 from ..registry import method_class
 from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
@@ -137,7 +137,7 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
     data = data_args.dataset_name or data_args.train_dir or "scenes (embedded)"
     settings = {"models": {name: subject.name for name, subject in subjects.items()}, "data": data, "seed": args.seed}
     # Before the pictures, so that numbers are kept whatever comes of these.
-    (folder / "report.json").write_text(json.dumps(settings | results, indent=2) + "\n")
+    write_json(folder / "report.json", settings | results)
 
     sections = []
     if train_labels:
@@ -149,14 +149,13 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
     sections += _sheets(folder, args, subjects, {name: pair[1] for name, pair in splits.items()})
     properties = _properties(subjects, {name: pair[1] for name, pair in splits.items()})
     sections += _property_plots(folder, properties)
-    (folder / "README.md").write_text(
-        _readme(args, {name: subject.name for name, subject in subjects.items()}, data, results, sections)
-    )
+    names = {name: subject.name for name, subject in subjects.items()}
+    write_text(folder / "README.md", _readme(args, names, data, results, sections))
     settings["pictures"] = [file for _, file, _ in sections]
     settings["properties"] = {
         name: {key: values.tolist() for key, values in found.items()} for name, found in properties.items()
     }
-    (folder / "report.json").write_text(json.dumps(settings | results, indent=2) + "\n")
+    write_json(folder / "report.json", settings | results)
     say(f"\nThe report is {folder / 'README.md'}.")
     PartialState().wait_for_everyone()
     return 0
@@ -305,7 +304,7 @@ def _sheets(folder: Path, args, subjects: dict[str, Subject], tests: dict) -> li
         ),
     ]
     for (_, file, _), rows in zip(sections, (attention, colours), strict=True):
-        label_rows(picture | rows).save(folder / file)
+        save_picture(folder / file, label_rows(picture | rows))
     if not attention:
         sections.pop(0)
     if reconstructed:
@@ -316,7 +315,7 @@ def _sheets(folder: Path, args, subjects: dict[str, Subject], tests: dict) -> li
         else:
             for name in reconstructed:
                 rows |= {f"masked for {name}": masked[name], name: reconstructed[name]}
-        label_rows(rows).save(folder / "reconstructions.png")
+        save_picture(folder / "reconstructions.png", label_rows(rows))
         caption = "What the decoder makes of the hidden patches; the others are the picture's own."
         sections.append(("Reconstructions", "reconstructions.png", caption))
     return sections

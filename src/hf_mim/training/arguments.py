@@ -1,7 +1,9 @@
 """Training arguments whose defaults fit Vision Transformers and masked image modelling."""
 
+import math
 import os
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -9,6 +11,34 @@ from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+_FROM_ZERO = (lambda value: value >= 0, "at least 0")
+_ABOVE_ZERO = (lambda value: value > 0, "above 0")
+_BELOW_ONE = (lambda value: 0 <= value < 1, "in [0, 1)")
+_STEPS = (lambda value: 0 < value < 1 or (value >= 1 and value == int(value)), "a whole number, or a share below 1")
+# The numbers that an argument may be.
+_RANGES = {
+    "per_device_train_batch_size": _ABOVE_ZERO,
+    "per_device_eval_batch_size": _ABOVE_ZERO,
+    "gradient_accumulation_steps": _ABOVE_ZERO,
+    "learning_rate": _FROM_ZERO,
+    "base_learning_rate": _FROM_ZERO,
+    "warmup_epochs": _FROM_ZERO,
+    "warmup_steps": _FROM_ZERO,
+    "weight_decay": _FROM_ZERO,
+    "adam_beta1": _BELOW_ONE,
+    "adam_beta2": _BELOW_ONE,
+    "adam_epsilon": _FROM_ZERO,
+    "max_grad_norm": _FROM_ZERO,
+    "seed": _FROM_ZERO,
+    "data_seed": _FROM_ZERO,
+    "logging_steps": _STEPS,
+    "save_steps": _STEPS,
+    "eval_steps": _STEPS,
+    "save_total_limit": _ABOVE_ZERO,
+    "dataloader_num_workers": _FROM_ZERO,
+    "cpu_threads": _ABOVE_ZERO,
+}
 
 
 @dataclass
@@ -18,8 +48,25 @@ class ViTTrainingArguments(TrainingArguments):
     batch, and warm-up in epochs: what pretraining, fine-tuning and probing share.
 
     Raises:
-        ValueError: If `auto_find_batch_size` is combined with a scaled learning rate.
+        ValueError: If a number is out of its range, or `auto_find_batch_size` is combined with a scaled learning rate.
     """
+
+    # What besides length, warm-up, batch and precision decides the result.
+    _deciding: ClassVar[tuple[str, ...]] = (
+        "seed",
+        "data_seed",
+        "learning_rate",
+        "lr_scheduler_type",
+        "lr_scheduler_kwargs",
+        "optim",
+        "optim_args",
+        "weight_decay",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "max_grad_norm",
+        "dataloader_drop_last",
+    )
 
     base_learning_rate: float = field(
         default=1.5e-4,
@@ -69,14 +116,15 @@ class ViTTrainingArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every trained parameter gets a gradient, so nothing needs to be found."}
     )
-    ddp_broadcast_buffers: bool | None = field(
-        default=False, metadata={"help": "The buffers are constant tables: nothing to send at each step."}
-    )
     report_to: None | str | list[str] = field(
         default="none", metadata={"help": "Where logs go besides the output directory: tensorboard, trackio, ..."}
     )
 
     def __post_init__(self):
+        self._check_ranges()
+        if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):
+            # transformers reads the words as names of FSDP's version 1.
+            self.fsdp = self.fsdp.lower() == "true"
         if not torch.accelerator.is_available():
             self.use_cpu = True
         if self.bf16 is None:
@@ -104,6 +152,41 @@ class ViTTrainingArguments(TrainingArguments):
                 )
             self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
 
+    def _check_ranges(self) -> None:
+        for name, value in vars(self).items():
+            fits, expected = _RANGES.get(name, (None, None))
+            # The probe has several learning rates, which it checks itself.
+            if fits is not None and isinstance(value, int | float) and not (math.isfinite(value) and fits(value)):
+                raise ValueError(f"--{name} is {value}; expected {expected}.")
+        if self.max_steps <= 0 and self.max_steps != -1:
+            raise ValueError(f"--max_steps is {self.max_steps}; expected at least 1, or -1 for --num_train_epochs.")
+        by_epochs = self.max_steps == -1
+        if by_epochs and self.num_train_epochs <= 0:
+            raise ValueError(f"--num_train_epochs is {self.num_train_epochs}; expected above 0.")
+        warmup, flag, length, unit = (
+            (self.warmup_epochs, "warmup_epochs", self.num_train_epochs if by_epochs else math.inf, "epochs")
+            if self.warmup_epochs is not None
+            else (self.warmup_steps, "warmup_steps", math.inf if by_epochs else self.max_steps, "steps")
+        )
+        if warmup > length:
+            raise ValueError(
+                f"--{flag} is {warmup:g}, more than the {length:g} {unit} of training: the learning rate would never "
+                "reach its peak."
+            )
+
+    def deciding(self) -> dict:
+        """What of the arguments decides the result of training, by name, as JSON has it."""
+        length = "max_steps" if self.max_steps > 0 else "num_train_epochs"
+        warmup = "warmup_steps" if self.warmup_epochs is None else "warmup_epochs"
+        values = {name: getattr(self, name) for name in (length, warmup, *self._deciding)}
+        values = {name: getattr(value, "value", value) for name, value in values.items()}
+        return values | {"effective_batch_size": self.effective_batch_size, "precision": self.precision}
+
+    @property
+    def precision(self) -> str:
+        """What matrices are multiplied in."""
+        return "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
     @property
     def effective_batch_size(self) -> int:
         """Pictures per optimiser step: per-device batch x devices x accumulation."""
@@ -121,6 +204,8 @@ class MIMTrainingArguments(ViTTrainingArguments):
         ValueError: If `contrastive_chunk_size` does not divide the per-device batch, or if the stages do not fit.
     """
 
+    _deciding: ClassVar[tuple[str, ...]] = (*ViTTrainingArguments._deciding, "keep_optimizer_state")
+
     num_stages: int | None = field(
         default=None,
         metadata={
@@ -136,7 +221,11 @@ class MIMTrainingArguments(ViTTrainingArguments):
         default=None, metadata={"help": "Optimiser steps of each stage, where they differ; in the place of max_steps."}
     )
     per_device_eval_batch_size: int | None = field(
-        default=None, metadata={"help": "Held-out pictures at a time. Default: per_device_train_batch_size."}
+        default=None,
+        metadata={
+            "help": "Held-out pictures at a time. Default: per_device_train_batch_size; for a contrastive loss that of "
+            "all processes."
+        },
     )
     keep_optimizer_state: bool = field(
         default=False,
@@ -177,10 +266,12 @@ class MIMTrainingArguments(ViTTrainingArguments):
                 f"{max(divisor for divisor in range(1, max(1, min(chunk, batch)) + 1) if batch % divisor == 0)}."
             )
         self._check_stages()
-        if self.per_device_eval_batch_size is None:
-            # A contrastive loss depends on it.
+        as_in_training = self.per_device_eval_batch_size is None
+        if as_in_training:
             self.per_device_eval_batch_size = batch
         super().__post_init__()
+        # A contrastive loss depends on how many pictures it compares: in training those of all processes.
+        self.contrastive_eval_batch_size = self.per_device_eval_batch_size * (self.world_size if as_in_training else 1)
         # Never asked of a pretraining model; gathering them would fill the memory.
         self.prediction_loss_only = True
         self.label_names = []

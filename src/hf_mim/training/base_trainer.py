@@ -2,6 +2,7 @@
 
 import functools
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -9,15 +10,28 @@ from accelerate.data_loader import prepare_data_loader
 from safetensors import SafetensorError
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import ModelOutput, logging
 
 from ..data.pretraining import EpochSampler, StreamingPretrainingDataset
-from .checkpoints import checkpoints_in, unused_path
+from ..files import replacing
+from .callbacks import LogLines, LogLinesBesideBar
+from .checkpoints import (
+    check_same_run,
+    finish_checkpoint,
+    finish_model,
+    last_whole_checkpoint,
+    rotate_checkpoints,
+    set_later_checkpoints_aside,
+    unfinished,
+    write_record,
+)
+from .run_record import run_record
 
 logger = logging.get_logger(__name__)
 
+# What transformers calls the state of a training.
+_STATE = "trainer_state.json"
 _NEVER = torch.iinfo(torch.int64).max
 
 
@@ -33,17 +47,25 @@ class ViTTrainer(Trainer):
 
     Args:
         As `Trainer`; `args` is a [`ViTTrainingArguments`].
+        run_settings (`dict`, *optional*): What decides the result besides arguments, model and pictures, as JSON has
+            it: where the weights are from, augmentation. Part of the run's record.
 
     Raises:
         ValueError: If the training data set has fewer pictures than one step needs, or under FSDP version 1.
         NonFiniteLossError: In training, when a loss is not finite; checked when logging, before saving and at the end.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, run_settings: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.run_settings = run_settings or {}
+        self._is_saving = False
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
         self.add_callback(_Hooks(self))
+        # transformers prints logs as dictionaries, without the step.
+        for printing, better in ((PrinterCallback, LogLines), (ProgressCallback, LogLinesBesideBar)):
+            if self.pop_callback(printing) is not None:
+                self.add_callback(better())
         if self.is_fsdp_enabled:
             self._prepare_fsdp(self.accelerator.state.fsdp_plugin)
         elif self.args.fsdp_plugin_args is not None:
@@ -85,9 +107,7 @@ class ViTTrainer(Trainer):
             )
         else:
             drop_last = self.args.dataloader_drop_last
-            self.args.dataloader_drop_last = (
-                drop_last if is_training else self.drops_last_of_evaluation(dataset, batch_size)
-            )
+            self.args.dataloader_drop_last = drop_last and is_training
             try:
                 loader = super()._get_dataloader(
                     dataset, description, batch_size, *args, is_training=is_training, **kwargs
@@ -98,10 +118,6 @@ class ViTTrainer(Trainer):
         # move stochastic depth's, and not in the same way after resuming.
         getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         return loader
-
-    def drops_last_of_evaluation(self, dataset, batch_size: int) -> bool:
-        """Whether the last, smaller batch of held-out pictures is left out: by default none is."""
-        return False
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -121,19 +137,35 @@ class ViTTrainer(Trainer):
     # Optimisation
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        if not resume_from_checkpoint:
-            self._set_checkpoints_aside()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        """
+        As `Trainer.train`; True goes on from the last whole checkpoint.
 
-    def _set_checkpoints_aside(self) -> None:
-        # The next run would go on from the old run's, where they are further than the new run's.
-        old = checkpoints_in(self.args.output_dir)
-        if self.is_world_process_zero():
-            for folder in old:
-                target = unused_path(folder.with_name(f"_old-{folder.name}"))
-                folder.rename(target)
-                logger.warning(f"Training starts from zero: {folder}, of an earlier run, is renamed {target.name}.")
+        Raises:
+            ValueError: If the checkpoint is of a run that was decided otherwise; see [`run_record`].
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"There is no whole checkpoint in {self.args.output_dir} to resume from.")
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if checkpoint is not None:
+            check_same_run(checkpoint, self.run_record, "is a checkpoint of another run")
+        # All have looked before one renames.
         self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            set_later_checkpoints_aside(self.args.output_dir, checkpoint)
+        self.accelerator.wait_for_everyone()
+        return super().train(checkpoint, *args, **kwargs)
+
+    @property
+    def num_steps_trained(self) -> int:
+        """Optimiser steps of the last call of `train`, without those of a checkpoint that it went on from."""
+        return self.state.global_step - self._initial_global_step
+
+    @functools.cached_property
+    def run_record(self) -> dict:
+        """What decides the result of training, and what else is worth knowing of it; see [`run_record`]."""
+        return run_record(self.model, self.args, self.train_dataset, self.run_settings)
 
     def _run_epoch(self, *args, **kwargs):
         # The stock loop looks only after a step whether it was the last, so that a finished run would get one more.
@@ -173,19 +205,20 @@ class ViTTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         loss, outputs = self.forward_loss(model, inputs, num_items_in_batch)
-        losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
         if model.training:
+            losses = {name: value.detach() for name, value in outputs.items() if name.startswith("loss_")}
             # As the loss itself: a step counts as its mean over micro-batches, though an epoch's last has fewer.
             self.train_losses.add(losses, weight=1 / self.current_gradient_accumulation_steps)
             # Stays on the device: reading it at every step would make the host wait for it.
             step = torch.where(torch.isfinite(loss.detach()), _NEVER, self.state.global_step + 1)
             self.first_bad_step = torch.minimum(self.first_bad_step, step)
-        else:
-            self.eval_losses.add(losses, weight=self._number_evaluated(len(inputs[self.model.main_input_name])))
         return (loss, outputs) if return_outputs else loss
 
-    def _number_evaluated(self, batch_size: int) -> int:
-        # Several processes get the first pictures again to fill up the last batch; the stock loss leaves them out.
+    def number_counted(self, batch_size: int) -> int:
+        """
+        How many of the pictures of a batch, from its first, count in the held-out loss: several processes get the first
+        pictures again to fill up the last batch.
+        """
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:
             return batch_size
@@ -198,9 +231,17 @@ class ViTTrainer(Trainer):
     def after_optimizer_step(self) -> None:
         """Called after each optimiser step that was not skipped."""
 
+    @torch.no_grad()
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        counted = self.number_counted(len(inputs[self.model.main_input_name]))
+        # Where none counts, one is gone through all the same: under FSDP the forward pass is a common effort.
+        inputs = {name: value[: max(counted, 1)] for name, value in inputs.items()}
+        with self.compute_loss_context_manager():
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        losses = {name: value for name, value in outputs.items() if name.startswith("loss_")}
+        self.eval_losses.add({"loss": loss} | losses, weight=counted)
         # Only the loss: the predictions of all pictures would fill the memory.
-        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         return loss, None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
@@ -215,7 +256,20 @@ class ViTTrainer(Trainer):
             self.check_losses()
         if "loss" in logs:
             logs.update(self.train_losses.average(self.accelerator))
+            logs.update(self._speed())
         super().log(logs, start_time)
+
+    def _speed(self) -> dict[str, float]:
+        """Pictures a second since the last log, evaluations and saving included, and the seconds that are left."""
+        now, step = time.monotonic(), self.state.global_step
+        (last_time, last_step), self._last_log = self._last_log, (now, step)
+        if step <= last_step:
+            return {}
+        seconds_per_step = (now - last_time) / (step - last_step)
+        return {
+            "images_per_second": self.args.effective_batch_size / seconds_per_step,
+            "seconds_left": (self.state.max_steps - step) * seconds_per_step,
+        }
 
     def check_losses(self) -> None:
         """Raises NonFiniteLossError if a loss of any process was not finite since the start."""
@@ -234,7 +288,7 @@ class ViTTrainer(Trainer):
             self._stop_for(f"The weights after step {self.state.global_step} are not finite ({names[bad[0]]})")
 
     def _stop_for(self, reason: str) -> None:
-        checkpoint = get_last_checkpoint(self.args.output_dir) if Path(self.args.output_dir).is_dir() else None
+        checkpoint = last_whole_checkpoint(self.args.output_dir)
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
         raise NonFiniteLossError(
             f"{reason}, so nothing was saved since. {kept} Lower the learning rate (it was at most "
@@ -249,49 +303,90 @@ class ViTTrainer(Trainer):
         self.check_weights()
         super().save_model(output_dir, _internal_call)
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is None or "FULL_STATE_DICT" in str(plugin.state_dict_type):
-            return
-        # The stock method leaves all to the shards, which only training can read.
-        if output_dir in (None, self.args.output_dir):
-            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
-        elif self.args.should_save:
-            self.model.config.save_pretrained(output_dir)
+        if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            # The stock method leaves all to the shards, which only training can read.
+            if output_dir in (None, self.args.output_dir):
+                self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+            elif self.args.should_save:
+                self.model.config.save_pretrained(output_dir)
+        if self.args.should_save:
+            write_record(output_dir or self.args.output_dir, self.run_record)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if output_dir in (None, self.args.output_dir):
+            # Written beside first: a run that is killed here leaves the files that were there, whole.
+            super()._save(str(unfinished(self.args.output_dir) / "model"), state_dict)
+            if self.args.should_save:
+                finish_model(self.args.output_dir, "model")
+            return
         # transformers writes the weights of ViT and ViTMAE under the names of its older versions, which its Trainer
         # does not find again. A checkpoint keeps the names of the modules; the model at the end gets the others.
-        if output_dir not in (None, self.args.output_dir):
-            self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_original_format=False)
+        self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_original_format=False)
         try:
             super()._save(output_dir, state_dict)
         finally:
             self.model.__dict__.pop("save_pretrained", None)
+
+    def save_state(self) -> None:
+        if self.is_world_process_zero():
+            with replacing(Path(self.args.output_dir) / _STATE) as temporary:
+                self.state.save_to_json(str(temporary))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Keeps the card that the job wrote, which the stock one would replace when pushing."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
 
+    def _get_output_dir(self, trial) -> str:
+        folder = super()._get_output_dir(trial)
+        # Only `_save_checkpoint` asks while it saves.
+        return str(unfinished(folder)) if self._is_saving else folder
+
     def _save_checkpoint(self, model, trial):
+        folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        push_to_hub, self.args.push_to_hub = self.args.push_to_hub, False
+        self._is_saving = True
         try:
             super()._save_checkpoint(model, trial)
+            # Each process writes its own part.
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._correct_best_checkpoint(folder)
+                finish_checkpoint(folder, name)
         except NonFiniteLossError:
             raise
         except BaseException as error:
-            # Half a checkpoint would be taken for the last one when resuming.
-            folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)
+                shutil.rmtree(unfinished(folder), ignore_errors=True)
             # torch's writer says RuntimeError when it cannot write, and that comes from this file.
             torch_cannot = isinstance(error, RuntimeError) and "inline_container" in str(error)
             if not isinstance(error, OSError | SafetensorError) and not torch_cannot:
                 raise
-            checkpoint = get_last_checkpoint(self.args.output_dir)
+            checkpoint = last_whole_checkpoint(self.args.output_dir)
             kept = f"Training resumes from {checkpoint}" if checkpoint else "No earlier checkpoint is there"
             raise OSError(
-                f"Writing the checkpoint {folder} failed ({error}); what was written of it is deleted. {kept}. Is the "
-                "disk full? Free some space and start the same command again."
+                f"Writing the checkpoint {folder / name} failed ({error}); what was written of it is deleted. {kept}. "
+                "Is the disk full? Free some space and start the same command again."
             ) from error
+        finally:
+            self._is_saving = False
+            self.args.push_to_hub = push_to_hub
+        if push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+        if self.args.should_save:
+            # Only now that the new one is whole.
+            rotate_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _correct_best_checkpoint(self, folder: Path) -> None:
+        # The stock method looks for the best checkpoint where this one lies until it is whole.
+        if not self.state.best_global_step:
+            return
+        name = f"checkpoint-{self.state.best_global_step}"
+        if name == f"checkpoint-{self.state.global_step}" or (folder / name).is_dir():
+            self.state.best_model_checkpoint = str(folder / name)
+        written = unfinished(folder) / f"checkpoint-{self.state.global_step}"
+        self.state.save_to_json(str(written / _STATE))
 
 
 class LossMeter:
@@ -329,6 +424,7 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.train_losses.reset()
+        self.trainer._last_log = (time.monotonic(), state.global_step)
         self.trainer.first_bad_step.fill_(_NEVER)
 
     def on_epoch_begin(self, args, state, control, **kwargs):

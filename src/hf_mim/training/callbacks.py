@@ -8,22 +8,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import TrainerCallback
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging
 
 from ..evaluation.pictures import draw_reconstructions
+from ..files import save_picture
 
 logger = logging.get_logger(__name__)
 
 # A launcher sends a signal on to processes that had it from the terminal already.
 _SAME_REQUEST_SECONDS = 2.0
+_SECONDS_UNTIL_AGREED = 2.0
 
 
 class SaveOnInterrupt(TrainerCallback):
     """
     Ctrl-C or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once.
 
-    With several processes they agree when logging, so that none waits for another for ever.
+    With several processes they agree every few seconds, at a step that all of them know, so that none waits for
+    another for ever.
     """
 
     def __init__(self, trainer):
@@ -33,8 +37,11 @@ class SaveOnInterrupt(TrainerCallback):
         self._process = os.getpid()
         self._first_request = 0.0
         self._previous = {}
+        # With several processes: the step at which they agree next, and when they did last.
+        self._next_step, self._last_step, self._last_time = 0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self._next_step, self._last_step, self._last_time = state.global_step + 1, state.global_step, time.monotonic()
         # Python delivers signals to the main thread only, and only there may handlers be set.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -59,19 +66,33 @@ class SaveOnInterrupt(TrainerCallback):
             return
         self.requested = True
         self._first_request = time.monotonic()
-        print("\nInterrupted: finishing the step and saving. Once more to stop at once.", flush=True)
+        note = " (What the launcher says of it, with a traceback, is harmless.)" if _is_launched() else ""
+        print(f"\nInterrupted: finishing the step and saving. Once more to stop at once.{note}", flush=True)
 
     def on_step_end(self, args, state, control, **kwargs):
         requested = self.requested
         if args.world_size > 1:
-            if state.global_step % state.logging_steps:
+            if state.global_step < self._next_step:
                 return
-            flag = torch.tensor([float(requested)], device=args.device)
-            requested = bool(self.trainer.accelerator.reduce(flag).item())
+            requested = self._agree(args, state.global_step)
         if requested:
             self.stopped = True
             control.should_save = True
             control.should_training_stop = True
+
+    def _agree(self, args, step: int) -> bool:
+        """Whether any process was asked to stop. All then know the step at which they ask again."""
+        now = time.monotonic()
+        told = torch.tensor([float(self.requested), now - self._last_time], device=args.device)
+        requests, seconds = self.trainer.accelerator.reduce(told).tolist()
+        seconds_per_step = max(seconds / args.world_size / (step - self._last_step), 1e-6)
+        self._next_step = step + max(1, int(_SECONDS_UNTIL_AGREED / seconds_per_step))
+        self._last_step, self._last_time = step, now
+        return requests > 0
+
+
+def _is_launched() -> bool:
+    return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class LogReconstructions(TrainerCallback):
@@ -115,7 +136,7 @@ class LogReconstructions(TrainerCallback):
         sheet = draw_reconstructions(self.batch["pixel_values"], *reconstruction, self.mean, self.std)
         path = Path(args.output_dir) / "reconstructions" / f"step-{state.global_step}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
+        save_picture(path, sheet)
         self.last_path = path
         self._report(np.asarray(sheet), state.global_step)
 
@@ -128,3 +149,50 @@ class LogReconstructions(TrainerCallback):
             import trackio
 
             trackio.log({"reconstructions": trackio.Image(sheet)}, step=step)
+
+
+class LogLines(TrainerCallback):
+    """Prints what is logged as a line: step, epoch, losses and the rest, learning rate, pictures a second, time left."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            self.write(log_line(logs, state))
+
+    def write(self, line: str) -> None:
+        print(line, flush=True)
+
+
+class LogLinesBesideBar(ProgressCallback):
+    """transformers' progress bar, with the lines of [`LogLines`] above it."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero:
+            tqdm.write(log_line(logs, state))
+
+
+def log_line(logs: dict, state) -> str:
+    """A log entry for people; `trainer_state.json` has it for programs."""
+    where = f"step {state.global_step}/{state.max_steps}"
+    if "epoch" in logs:
+        where += f", epoch {logs['epoch']:.2f}"
+    if "train_runtime" in logs:
+        return f"Trained to {where}, in {_duration(logs['train_runtime'])}: mean loss {logs['train_loss']:.4g}"
+    logs = {name: value for name, value in logs.items() if name not in _NOT_SAID and isinstance(value, int | float)}
+    speed, left = logs.pop("images_per_second", None), logs.pop("seconds_left", None)
+    rate = logs.pop("learning_rate", None)
+    said = [f"{name.removeprefix('eval_')} {value:.4g}" for name, value in logs.items() if not name.endswith(_TIMES)]
+    said += [] if rate is None else [f"lr {rate:.3g}"]
+    said += [] if speed is None else [f"{speed:.0f} images/s"]
+    said += [] if left is None else [f"{_duration(left)} left"]
+    held_out = "held out: " if any(name.startswith("eval_") for name in logs) else ""
+    return f"{where}: {held_out}{', '.join(said)}"
+
+
+_NOT_SAID = ("epoch", "total_flos", "num_input_tokens_seen")
+_TIMES = ("_runtime", "_per_second", "_preparation_time")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

@@ -1,15 +1,32 @@
-"""Finding a checkpoint to resume from, and refusing to resume from a damaged or foreign one."""
+"""
+Checkpoints that are whole or not there, which one to go on from, and the record of what decided a run's result, so that
+no other run is taken for it.
+
+While it is written, a checkpoint (and the model at the end) lies in `output_dir/_saving`, and gets its name when it is
+whole. Whatever is left there was not finished.
+"""
 
 import json
+import os
+import shutil
 import zipfile
 from dataclasses import fields
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 
+from ..files import write_json
 from ..models.vit.configuration_vit import as_pair
+
+logger = logging.get_logger(__name__)
+
+# What a run wrote is described in this file, beside the weights.
+RUN_RECORD = "run.json"
+
+# In a record, what tells the pictures: they are the same if all but the first are, which says where they lie.
+_OF_PICTURES = ("data", "num_pictures", "fingerprint")
 
 # How the pictures are normalised: of the data, which is read after this check.
 _OF_DATA = ("image_mean", "image_std")
@@ -17,7 +34,8 @@ _OF_DATA = ("image_mean", "image_std")
 
 def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrainedConfig) -> str | None:
     """
-    The checkpoint that training goes on from: the one asked for, else the last one in `output_dir`, else None.
+    The checkpoint that training goes on from: the one asked for, else the last whole one in `output_dir`, else None.
+    Training then sets later ones aside (`set_later_checkpoints_aside`).
 
     Args:
         output_dir (`str`): Where this run writes.
@@ -25,31 +43,38 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
         config: Of the model to be trained.
 
     Raises:
-        ValueError: If the checkpoint is damaged, is another model's, or is asked for and not there.
+        ValueError: If the checkpoint is another model's, or is asked for and damaged or not there.
     """
     wanted = str(requested).lower() if requested is not None else None
     if wanted == "false":
         return None
-    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    folder = requested if wanted not in (None, "true") else last
-    if folder is None:
-        if wanted == "true":
+    if wanted in (None, "true"):
+        folder = last_whole_checkpoint(output_dir)
+        if folder is None:
+            if wanted == "true":
+                raise ValueError(
+                    f"There is no checkpoint in {output_dir} to resume from. Leave --resume_from_checkpoint out."
+                )
+            return None
+    else:
+        folder = Path(requested)
+        if not folder.is_dir():
+            raise ValueError(f"The checkpoint to resume from, {folder}, is not a folder.")
+        problem = find_damage(folder)
+        if problem:
+            older = last_whole_checkpoint(output_dir)
+            fix = f"resume from another one, --resume_from_checkpoint {older}, or " if older else ""
             raise ValueError(
-                f"There is no checkpoint in {output_dir} to resume from. Leave --resume_from_checkpoint out."
+                f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}leave --resume_from_checkpoint out; to "
+                "start from zero, choose another --output_dir or pass --resume_from_checkpoint false."
             )
-        return None
-    if not Path(folder).is_dir():
-        raise ValueError(f"The checkpoint to resume from, {folder}, is not a folder.")
-    problem = find_damage(Path(folder))
-    if problem:
-        older = [str(path) for path in checkpoints_in(output_dir) if path != Path(folder) and not find_damage(path)]
-        fix = f"resume from an older one, --resume_from_checkpoint {older[-1]}, or " if older else ""
-        raise ValueError(
-            f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}delete it; to start from zero, choose "
-            "another --output_dir or pass --resume_from_checkpoint false."
-        )
-    check_same_config(Path(folder), config)
-    return str(folder)
+    check_same_config(folder, config)
+    return str(requested if wanted not in (None, "true") else folder)
+
+
+def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
+    """The last checkpoint of a run that is not damaged."""
+    return next((folder for folder in reversed(checkpoints_in(output_dir)) if find_damage(folder) is None), None)
 
 
 def check_same_config(folder: Path, config: PreTrainedConfig) -> None:
@@ -114,10 +139,105 @@ def unused_path(path: Path) -> Path:
     return candidate
 
 
-def checkpoints_in(output_dir: str) -> list[Path]:
+def checkpoints_in(output_dir: str | Path) -> list[Path]:
     """The checkpoints of a run, the oldest first."""
     folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     return sorted(folders, key=lambda path: int(path.name.split("-")[-1]))
+
+
+def unfinished(output_dir: str | Path) -> Path:
+    """Where a checkpoint or a model lies while it is written."""
+    return Path(output_dir) / "_saving"
+
+
+def finish_checkpoint(output_dir: str | Path, name: str) -> Path:
+    """Gives a checkpoint that has been written into `unfinished(output_dir)` its name, in the place of an older one."""
+    written, target = unfinished(output_dir) / name, Path(output_dir) / name
+    if target.exists():
+        # Of the same step, from before training went on from an earlier checkpoint.
+        target.rename(unused_path(written.with_name(f"replaced-{name}")))
+    written.rename(target)
+    shutil.rmtree(unfinished(output_dir), ignore_errors=True)
+    return target
+
+
+def finish_model(output_dir: str | Path, name: str) -> None:
+    """Moves the files of a model that has been written into `unfinished(output_dir)`, each in the place of an older."""
+    written = unfinished(output_dir) / name
+    shards = {path.name for path in written.glob("model*.safetensors*")}
+    for path in sorted(written.iterdir()):
+        os.replace(path, Path(output_dir) / path.name)
+    for path in Path(output_dir).glob("model*.safetensors*"):
+        if path.name not in shards:
+            path.unlink()
+    shutil.rmtree(unfinished(output_dir), ignore_errors=True)
+
+
+def rotate_checkpoints(output_dir: str | Path, limit: int | None, best: str | None) -> None:
+    """Deletes the oldest checkpoints until `limit` are left (None: all are); the last and the best one are kept."""
+    folders = checkpoints_in(output_dir)
+    if limit is None or len(folders) <= limit:
+        return
+    kept = {folders[-1], *([Path(best)] if best else [])}
+    for folder in [folder for folder in folders if folder not in kept][: len(folders) - max(limit, len(kept))]:
+        # Under its name it is whole, until it is gone.
+        unfinished(output_dir).mkdir(exist_ok=True)
+        shutil.rmtree(folder.rename(unfinished(output_dir) / folder.name), ignore_errors=True)
+    shutil.rmtree(unfinished(output_dir), ignore_errors=True)
+
+
+def set_later_checkpoints_aside(output_dir: str | Path, start: str | None) -> None:
+    """
+    Renames the checkpoints behind `start` (None: all), from which the next run would otherwise go on, to
+    `_old-checkpoint-N`, and deletes what was not finished.
+    """
+    shutil.rmtree(unfinished(output_dir), ignore_errors=True)
+    folders = checkpoints_in(output_dir)
+    # Of another folder: all that are here are another run's.
+    is_here = start is not None and Path(start).resolve().parent == Path(output_dir).resolve()
+    for folder in folders:
+        if is_here and _step_of(folder) <= _step_of(Path(start)):
+            continue
+        problem = find_damage(folder)
+        why = f"is damaged ({problem})" if problem else "is of an earlier run"
+        target = unused_path(folder.with_name(f"_old-{folder.name}"))
+        folder.rename(target)
+        where = "from zero" if start is None else f"from {start}"
+        logger.warning(f"Training goes on {where}: {folder} {why}, and is now called {target.name}.")
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[-1])
+
+
+def write_record(folder: str | Path, record: dict) -> None:
+    """Writes what decided a run's result (`decides`), and what else is worth knowing of it, beside its weights."""
+    write_json(Path(folder) / RUN_RECORD, record)
+
+
+def check_same_run(folder: str | Path, record: dict, what: str = "holds another run") -> None:
+    """
+    Raises ValueError if what is in `folder` came from a run that decided its result otherwise than `record` does: by
+    other pictures, another seed, batch, schedule, learning rate, augmentation or precision. A folder without a record
+    is of a version that wrote none.
+    """
+    try:
+        saved = json.loads((Path(folder) / RUN_RECORD).read_text())["decides"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{Path(folder) / RUN_RECORD} cannot be read ({error!r}): delete it to go on.") from error
+    wanted = json.loads(json.dumps(record["decides"]))
+    names = [name for name in wanted if name in saved and saved[name] != wanted[name] and name not in _OF_PICTURES]
+    differences = [f"{name}: {saved[name]!r} there, {wanted[name]!r} here" for name in names]
+    if any(saved.get(name) != wanted.get(name) for name in _OF_PICTURES[1:]):
+        there, here = (f"{of['data']} ({of['num_pictures']} pictures)" for of in (saved, wanted))
+        differences.insert(0, f"data: {there} there, {here} here{', with other contents' if there == here else ''}")
+    if differences:
+        raise ValueError(
+            f"{folder} {what} ({'; '.join(differences)}). Choose another --output_dir, or the same settings as that "
+            "run, or pass --resume_from_checkpoint false to start from zero."
+        )
 
 
 def _differences(saved: dict, wanted: PreTrainedConfig) -> list[str]:

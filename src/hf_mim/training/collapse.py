@@ -9,7 +9,7 @@ from ..evaluation.knn import rank_me
 logger = logging.get_logger(__name__)
 
 # Enough to tell a collapse, and soon computed.
-_MAX_PICTURES = 1024
+MAX_PICTURES = 1024
 _COLLAPSED = 0.1
 
 
@@ -31,13 +31,14 @@ class CollapseWatch:
         self.start = next((log["rank_me"] for log in log_history if "rank_me" in log), None)
         self.last, self.warned = {}, False
 
-    def measure(self, features: torch.Tensor, step: int) -> None:
+    def measure(self, features: torch.Tensor, step: int, *, say: bool = True) -> None:
         """
         Args:
             features (`torch.Tensor` of shape `(batch_size, 2, dim)`): Of two views of each picture.
             step (`int`): To name in the warning.
+            say (`bool`): False for all but one of several processes.
         """
-        first, second = features.detach()[:_MAX_PICTURES].float().unbind(dim=1)
+        first, second = features.detach()[:MAX_PICTURES].float().unbind(dim=1)
         if not first.isfinite().all():
             return  # the loss is not finite either, which the trainer says
         rank = rank_me(first)
@@ -46,7 +47,8 @@ class CollapseWatch:
             self.start = rank
         elif rank < _COLLAPSED * self.start and not self.warned:
             self.warned = True
-            logger.warning(
-                f"Step {step}: the features' RankMe is {rank:.2f}, under a tenth of the {self.start:.2f} at the start."
-                " They are collapsing: lower the learning rate, lengthen the warm-up, or enlarge the batch."
-            )
+            if say:
+                logger.warning(
+                    f"Step {step}: the features' RankMe is {rank:.2f}, under a tenth of the {self.start:.2f} at the "
+                    "start. They are collapsing: lower the learning rate, lengthen the warm-up, or enlarge the batch."
+                )

@@ -24,6 +24,8 @@ _STRONGER = {
     "dataset_name": "train_dir",
 }
 _DATA = ("train_dir", "dataset_name")
+# A number of steps, and the strategy that it belongs to: whoever gives the number wants that strategy.
+_BY_STEPS = {"save_steps": "save_strategy", "eval_steps": "eval_strategy", "logging_steps": "logging_strategy"}
 
 
 @dataclass
@@ -149,6 +151,12 @@ def parse_arguments(
             f"The recipe has unknown flags: {', '.join(unknown)}. Run the script with --help for all flags."
         )
     typed = _chosen(argument_classes, argv)
+    for steps, strategy in _BY_STEPS.items():
+        if steps in recipe:
+            recipe.setdefault(strategy, "steps")
+        if steps in typed and strategy not in typed:
+            argv.append(f"--{strategy}=steps")
+            typed[strategy] = "steps"
     preset, model_type = (
         typed.get(name, recipe.get(name, parser.get_default(name))) for name in ("preset", "model_type")
     )

@@ -57,6 +57,13 @@ def plain_message(error: Exception) -> str | None:
         # The error of a data loader's worker, as text, with its stack: the last file, and the message at the end.
         raised_in = ([""] + re.findall(r'^  File "(.*?)", line', text, flags=re.MULTILINE))[-1]
         text = re.split(r"^[\w.]*Error: ", text, flags=re.MULTILINE)[-1].strip()
+    if isinstance(error, RuntimeError) and re.match(
+        r"DataLoader worker .*(killed by signal|exited unexpectedly)", text
+    ):
+        return (
+            f"The system ended a process that loads data, most likely for want of memory ({text.splitlines()[0]}) Give "
+            "fewer --dataloader_num_workers; the same command goes on from the last checkpoint."
+        )
     before_training = Trainer.train.__code__ not in frames
     if isinstance(error, BrokenPictureError):
         return f"{text} Remove it, or pass --skip_broken_images to leave such pictures out."

@@ -6,14 +6,20 @@ learns from. Stage k writes into `output_dir/stage-k`, with its checkpoints; a f
 
 import copy
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from transformers.utils import logging
 
+from ..files import write_json
 from .arguments import MIMTrainingArguments
-from .checkpoints import check_same_config, checkpoint_to_resume, find_damaged_weights, unused_path
+from .checkpoints import (
+    check_same_config,
+    check_same_run,
+    checkpoint_to_resume,
+    find_damaged_weights,
+    unused_path,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -117,6 +123,13 @@ def _check_finished(args: MIMTrainingArguments, config) -> None:
     check_same_config(folder, config)
 
 
+def check_finished_stages(stages: list[MIMTrainingArguments], first: int, record: dict) -> None:
+    """Raises ValueError if a stage before `first` is of another run than `record`, the one of stage `first`, is."""
+    for args in stages[:first]:
+        own = {"decides": record["decides"] | args.deciding()}
+        check_same_run(args.output_dir, own, "holds a stage of another run")
+
+
 def set_later_stages_aside(stages: list[MIMTrainingArguments], first: int) -> None:
     """Renames what earlier runs left of the stages after `first`, and makes `first` unfinished."""
     if len(stages) == 1:
@@ -132,9 +145,7 @@ def set_later_stages_aside(stages: list[MIMTrainingArguments], first: int) -> No
 
 def mark_finished(args: MIMTrainingArguments) -> None:
     """Writes the record of a stage, whole or not at all."""
-    temporary = _record_of(args).with_suffix(".tmp")
-    temporary.write_text(json.dumps(_settings(args)) + "\n")
-    os.replace(temporary, _record_of(args))
+    write_json(_record_of(args), _settings(args))
 
 
 def run_history(stages: list[MIMTrainingArguments]) -> list[dict]:

@@ -9,7 +9,7 @@ from transformers import TrainerCallback
 
 from ..data.pretraining import pretraining_collator
 from .base_trainer import ViTTrainer
-from .collapse import CollapseWatch
+from .collapse import MAX_PICTURES, CollapseWatch
 
 
 class MIMTrainer(ViTTrainer):
@@ -54,9 +54,19 @@ class MIMTrainer(ViTTrainer):
         if self.is_fsdp_enabled and self.args.keep_optimizer_state:
             raise ValueError("--keep_optimizer_state does not work with FSDP, which shards the optimiser's state.")
 
-    def drops_last_of_evaluation(self, dataset, batch_size: int) -> bool:
-        # A smaller batch would make another loss of it.
-        return self.model.pairwise_loss and len(dataset) >= batch_size * self.args.world_size
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        if not is_training and self.model.pairwise_loss:
+            batch_size = self.args.contrastive_eval_batch_size
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+
+    def number_counted(self, batch_size: int) -> int:
+        counted = super().number_counted(batch_size)
+        # A smaller batch has fewer pictures to tell one from, which makes another loss of it; so it only counts alone.
+        whole = self.args.contrastive_eval_batch_size
+        is_left_over = self.model.pairwise_loss and counted < whole <= len(
+            self.callback_handler.eval_dataloader.dataset
+        )
+        return 0 if is_left_over else counted
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         created = self.optimizer is None
@@ -76,8 +86,10 @@ class MIMTrainer(ViTTrainer):
         step, watch = self.state.global_step + 1, self.collapse_watch
         due = step % self.state.logging_steps == 0 or watch.start is None
         features = self.model.watched_features(outputs) if due and self.accelerator.sync_gradients else None
-        if features is not None and self.is_world_process_zero():
-            watch.measure(features, step)
+        if features is not None:
+            # On all processes, which then agree on when the next time is.
+            features = self.accelerator.gather(features.detach()[:MAX_PICTURES].contiguous())
+            watch.measure(features, step, say=self.is_world_process_zero())
 
     def after_optimizer_step(self) -> None:
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)

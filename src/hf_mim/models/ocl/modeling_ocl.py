@@ -195,10 +195,16 @@ class OCLForPreTraining(MaskedViTForPreTraining):
 
     def contrastive_loss(self, features: torch.Tensor) -> torch.Tensor:
         """
-        The symmetric cross-entropy (section 2.3), in float32, of features (batch_size, 2, hidden_size). With several
-        processes the value is that of all their pictures, on each of them.
+        The symmetric cross-entropy (section 2.3), in float32, of features (batch_size, 2, hidden_size). In training
+        with several processes the value is that of all their pictures, on each of them; in evaluation that of this
+        process's, so that it does not depend on how many there are.
         """
-        if self.config.gather_negatives and distributed.is_available() and distributed.is_initialized():
+        if (
+            self.training
+            and self.config.gather_negatives
+            and distributed.is_available()
+            and distributed.is_initialized()
+        ):
             features = _Gather.apply(features)
         if len(features) < 2:
             raise ValueError(
