@@ -223,8 +223,8 @@ class MIMTrainingArguments(ViTTrainingArguments):
     per_device_eval_batch_size: int | None = field(
         default=None,
         metadata={
-            "help": "Held-out pictures at a time. Default: per_device_train_batch_size; for a contrastive loss that of "
-            "all processes."
+            "help": "Held-out pictures at a time. Default: per_device_train_batch_size; for a contrastive loss that "
+            "of all processes."
         },
     )
     keep_optimizer_state: bool = field(

@@ -216,8 +216,8 @@ class ViTTrainer(Trainer):
 
     def number_counted(self, batch_size: int) -> int:
         """
-        How many of the pictures of a batch, from its first, count in the held-out loss: several processes get the first
-        pictures again to fill up the last batch.
+        How many of the pictures of a batch, from its first, count in the held-out loss: several processes get the
+        first pictures again to fill up the last batch.
         """
         state = self.accelerator.gradient_state
         if not state.end_of_dataloader or state.remainder <= 0:

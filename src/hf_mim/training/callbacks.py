@@ -152,7 +152,7 @@ class LogReconstructions(TrainerCallback):
 
 
 class LogLines(TrainerCallback):
-    """Prints what is logged as a line: step, epoch, losses and the rest, learning rate, pictures a second, time left."""
+    """Prints what is logged as a line: step, epoch, losses, learning rate, pictures a second, time left."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

@@ -1,6 +1,6 @@
 """
-Checkpoints that are whole or not there, which one to go on from, and the record of what decided a run's result, so that
-no other run is taken for it.
+Checkpoints that are whole or not there, which one to go on from, and the record of what decided a run's result, so
+that no other run is taken for it.
 
 While it is written, a checkpoint (and the model at the end) lies in `output_dir/_saving`, and gets its name when it is
 whole. Whatever is left there was not finished.
@@ -65,8 +65,8 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
             older = last_whole_checkpoint(output_dir)
             fix = f"resume from another one, --resume_from_checkpoint {older}, or " if older else ""
             raise ValueError(
-                f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}leave --resume_from_checkpoint out; to "
-                "start from zero, choose another --output_dir or pass --resume_from_checkpoint false."
+                f"The checkpoint {folder} is damaged: {problem}. To go on, {fix}leave --resume_from_checkpoint out; "
+                "to start from zero, choose another --output_dir or pass --resume_from_checkpoint false."
             )
     check_same_config(folder, config)
     return str(requested if wanted not in (None, "true") else folder)
@@ -151,7 +151,7 @@ def unfinished(output_dir: str | Path) -> Path:
 
 
 def finish_checkpoint(output_dir: str | Path, name: str) -> Path:
-    """Gives a checkpoint that has been written into `unfinished(output_dir)` its name, in the place of an older one."""
+    """Gives a checkpoint that was written into `unfinished(output_dir)` its name, in the place of an older one."""
     written, target = unfinished(output_dir) / name, Path(output_dir) / name
     if target.exists():
         # Of the same step, from before training went on from an earlier checkpoint.
@@ -162,7 +162,7 @@ def finish_checkpoint(output_dir: str | Path, name: str) -> Path:
 
 
 def finish_model(output_dir: str | Path, name: str) -> None:
-    """Moves the files of a model that has been written into `unfinished(output_dir)`, each in the place of an older."""
+    """Moves the files of a model from `unfinished(output_dir)`, each in the place of an older one."""
     written = unfinished(output_dir) / name
     shards = {path.name for path in written.glob("model*.safetensors*")}
     for path in sorted(written.iterdir()):

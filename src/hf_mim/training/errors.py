@@ -61,8 +61,9 @@ def plain_message(error: Exception) -> str | None:
         r"DataLoader worker .*(killed by signal|exited unexpectedly)", text
     ):
         return (
-            f"The system ended a process that loads data, most likely for want of memory ({text.splitlines()[0]}) Give "
-            "fewer --dataloader_num_workers; the same command goes on from the last checkpoint."
+            "The system ended a process that loads data, most likely for want of memory "
+            f"({text.splitlines()[0].rstrip('. ')}). Give fewer --dataloader_num_workers; the same command goes on "
+            "from the last checkpoint."
         )
     before_training = Trainer.train.__code__ not in frames
     if isinstance(error, BrokenPictureError):
