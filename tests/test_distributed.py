@@ -76,7 +76,7 @@ def test_two_processes_equal_one(folder, one_process, tmp_path, launcher):
     assert_same_run(tmp_path, one_process)
     assert "unused" not in result.stderr
     # Said by one process only.
-    for text in ("PiLaMIM:", "The model is in", "'train_runtime'", "raw pixels"):
+    for text in ("PiLaMIM:", "The model is in", "trained in", "raw pixels"):
         assert result.stdout.count(text) == 1, result.stdout
     state = json.loads((tmp_path / "trainer_state.json").read_text())
     assert [log["step"] for log in state["log_history"] if "loss" in log] == list(range(1, 11))

@@ -93,7 +93,7 @@ class TestProcess:
         ) as process:
             try:
                 for line in process.stdout:
-                    if "'epoch': '1.6'" in line:
+                    if ", epoch 1.60: " in line:
                         break
                 if number == signal.SIGINT:  # as a terminal does, to all processes of the group, loading ones too
                     os.killpg(process.pid, number)

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import os
 import re
 import signal
@@ -385,7 +386,6 @@ class TestDamage:
             ("stage-0/model.safetensors", lambda p: p.write_bytes(p.read_bytes()[:999]), "damaged: model.safetensors"),
             ("stage-0/model.safetensors", lambda p: p.unlink(), "damaged: model.safetensors is missing"),
             ("stage-0/stage.json", lambda p: p.write_text("{"), "damaged: stage.json cannot be read"),
-            ("stage-1/checkpoint-3/optimizer.pt", lambda p: p.unlink(), "checkpoint-3 is damaged: optimizer.pt"),
         ],
     )
     def test_is_named(self, folder, stopped, capsys, name, harm, message):
@@ -393,6 +393,17 @@ class TestDamage:
         assert train(folder, stopped, *TWO) == 1
         err = capsys.readouterr().err
         assert message in err and "Traceback" not in err
+
+    def test_damaged_checkpoint_is_set_aside_and_its_stage_begun_again(self, folder, stopped):
+        (stopped / "stage-1" / "checkpoint-3" / "optimizer.pt").unlink()
+        assert train(folder, stopped, *TWO) == 0
+        assert (stopped / "stage-1" / "_old-checkpoint-3").is_dir()
+
+    def test_finished_stage_of_another_run(self, folder, stopped, capsys):
+        shutil.rmtree(stopped / "stage-1")
+        assert train(folder, stopped, *TWO, "--weight_decay=0.3") == 1
+        err = capsys.readouterr().err
+        assert "stage-0 holds a stage of another run (weight_decay: 0.05 there, 0.3 here)" in err
 
     @pytest.mark.parametrize(
         ("flags", "message"),

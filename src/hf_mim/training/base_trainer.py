@@ -2,7 +2,6 @@
 
 import functools
 import shutil
-import time
 from pathlib import Path
 
 import torch
@@ -256,20 +255,7 @@ class ViTTrainer(Trainer):
             self.check_losses()
         if "loss" in logs:
             logs.update(self.train_losses.average(self.accelerator))
-            logs.update(self._speed())
         super().log(logs, start_time)
-
-    def _speed(self) -> dict[str, float]:
-        """Pictures a second since the last log, evaluations and saving included, and the seconds that are left."""
-        now, step = time.monotonic(), self.state.global_step
-        (last_time, last_step), self._last_log = self._last_log, (now, step)
-        if step <= last_step:
-            return {}
-        seconds_per_step = (now - last_time) / (step - last_step)
-        return {
-            "images_per_second": self.args.effective_batch_size / seconds_per_step,
-            "seconds_left": (self.state.max_steps - step) * seconds_per_step,
-        }
 
     def check_losses(self) -> None:
         """Raises NonFiniteLossError if a loss of any process was not finite since the start."""
@@ -424,7 +410,6 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.train_losses.reset()
-        self.trainer._last_log = (time.monotonic(), state.global_step)
         self.trainer.first_bad_step.fill_(_NEVER)
 
     def on_epoch_begin(self, args, state, control, **kwargs):

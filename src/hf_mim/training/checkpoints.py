@@ -48,6 +48,9 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
     wanted = str(requested).lower() if requested is not None else None
     if wanted == "false":
         return None
+    if wanted in (None, "true") and _last_has_weights_only(output_dir):
+        # As it was meant, and yet nothing to go on from: not to be set aside without a word from the user.
+        requested = wanted = str(checkpoints_in(output_dir)[-1])
     if wanted in (None, "true"):
         folder = last_whole_checkpoint(output_dir)
         if folder is None:
@@ -70,6 +73,12 @@ def checkpoint_to_resume(output_dir: str, requested: str | None, config: PreTrai
             )
     check_same_config(folder, config)
     return str(requested if wanted not in (None, "true") else folder)
+
+
+def _last_has_weights_only(output_dir: str | Path) -> bool:
+    # The state is written last.
+    last = checkpoints_in(output_dir)[-1:]
+    return any((path / "trainer_state.json").is_file() and not list(path.glob("[ors]*.pt*")) for path in last)
 
 
 def last_whole_checkpoint(output_dir: str | Path) -> Path | None:
