@@ -2,9 +2,9 @@
 
 import gc
 import json
-import shutil
 import os
 import re
+import shutil
 import signal
 
 import pytest
