@@ -34,6 +34,8 @@ setup(
     python_requires=">=3.11",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    package_data={"hf_mim": ["py.typed"]},
+    entry_points={"console_scripts": ["hf_mim=hf_mim.__main__:main"]},
     # The lowest versions that were tried.
     install_requires=[
         "torch>=2.15",

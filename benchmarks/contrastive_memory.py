@@ -28,8 +28,8 @@ from pathlib import Path
 
 import torch
 
+from hf_mim.models.presets import PRESETS, preset_config
 from hf_mim.registry import method_class
-from hf_mim.training.presets import PRESETS, preset_config
 
 BATCHES = (256, 512, 1024, 2400, 4800, 9600)
 

@@ -25,9 +25,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_mim.models.vit.configuration_vit import as_pair
+from hf_mim.models.presets import PRESETS, preset_config
+from hf_mim.models.vit.sizes import as_pair
 from hf_mim.registry import MODEL_TYPES, method_class
-from hf_mim.training.presets import PRESETS, preset_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -13,10 +13,10 @@ from golden import Golden, block_grad_norms
 from hf_mim import TECConfig, TECForImageClassification, TECForPreTraining, TECModel
 from hf_mim.evaluation.pictures import draw_shares
 from hf_mim.jobs.pretraining import main
+from hf_mim.models.presets import PRESETS, preset_config
 from hf_mim.models.vit.frozen import FrozenViT, read_source
 from hf_mim.training.building import build_config, build_model, describe_frozen
 from hf_mim.training.command import ModelArguments
-from hf_mim.training.presets import PRESETS, preset_config
 from test_frozen import TYPES, own_model
 from tiny import scrambled, tiny_batch, tiny_config, tiny_model
 from tiny_training import FLAGS, write_pictures

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from ..models.vit.configuration_vit import as_pair
+from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, method_class
 
 # Names of the norm after the last block: ours, ViT, ViTMAE and DINOv2; DINOv3; CLIP.

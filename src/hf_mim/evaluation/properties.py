@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..files import replacing
-from ..models.vit.configuration_vit import as_pair
+from ..models.vit.sizes import as_pair
 
 
 def mean_attention_distance(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from ..evaluation.report import describe_results, markdown_table, results_table
 from ..files import write_text
-from ..models.vit.configuration_vit import as_pair
+from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, method_name
 
 _PAPERS = {

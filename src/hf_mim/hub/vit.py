@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
-from ..models.vit.configuration_vit import MaskedViTConfig, as_pair
+from ..models.vit.configuration_vit import MaskedViTConfig
 from ..models.vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTForPreTraining,
@@ -11,6 +11,7 @@ from ..models.vit.modeling_vit import (
     MaskedViTPreTrainedModel,
 )
 from ..models.vit.position import sincos_position_table
+from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, METHODS, MODEL_TYPES
 
 _SHARED_FIELDS = (

@@ -18,7 +18,7 @@ from ..evaluation.robustness import match_classes
 from ..files import write_json
 from ..hub.cards import write_classifier_card
 from ..hub.sharing import push_run
-from ..models.vit.configuration_vit import as_pair
+from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
 from ..training.building import build_classifier, build_classifier_config, trained_normalization
 from ..training.callbacks import SaveOnInterrupt

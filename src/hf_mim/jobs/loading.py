@@ -10,8 +10,8 @@ from ..data.image_processing import build_image_processor
 from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
 from ..data.pictures import BrokenPictureError
 from ..evaluation.encoders import FeatureEncoder, load_encoder
-from ..models.vit.configuration_vit import as_pair
 from ..models.vit.frozen import read_normalization
+from ..models.vit.sizes import as_pair
 from ..training.command import say
 
 

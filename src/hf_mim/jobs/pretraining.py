@@ -8,11 +8,11 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.arguments import DataArguments
-from ..data.image_processing import build_image_processor, evaluation_transform
+from ..data.image_processing import build_image_processor
 from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, spread_indices
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.sources import PictureStream
-from ..data.transforms import PretrainingTransform, sample_generator
+from ..data.transforms import PretrainingTransform
 from ..evaluation.encoders import FeatureEncoder, RawPixels
 from ..evaluation.features import extract_features, labelled_splits, shared_labels
 from ..evaluation.online import OnlineEvaluation
@@ -21,7 +21,7 @@ from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features,
 from ..files import replacing, write_json
 from ..hub.cards import write_card
 from ..hub.sharing import push_run
-from ..models.vit.configuration_vit import as_pair
+from ..models.vit.sizes import as_pair
 from ..registry import METHODS, method_class, method_name
 from ..training.arguments import MIMTrainingArguments
 from ..training.building import (
@@ -34,6 +34,7 @@ from ..training.building import (
 from ..training.callbacks import LogReconstructions, SaveOnInterrupt
 from ..training.checkpoints import check_same_run
 from ..training.command import ModelArguments, parse_arguments, say
+from ..training.datasets import HeldOutTransform
 from ..training.errors import run_job
 from ..training.run_lock import only_run_in
 from ..training.stages import (
@@ -223,18 +224,6 @@ def build_feature_evaluation(
             f"{', '.join(names) or 'no metrics of features: pass --eval_knn true or --online_probe true'}."
         )
     return evaluation
-
-
-class HeldOutTransform:
-    """A picture as the image processor gives it, with noise that is a function of (seed, index)."""
-
-    def __init__(self, processor, num_channels: int, num_patches: int, seed: int):
-        self.transform = evaluation_transform(processor, num_channels)
-        self.num_patches, self.seed = num_patches, seed
-
-    def __call__(self, picture: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        noise = sample_generator(self.seed, 0, index).random(self.num_patches, dtype="float32")
-        return {"pixel_values": self.transform(picture), "noise": torch.from_numpy(noise)}
 
 
 def build_datasets(data_args, training_args, config, pictures: PictureSplits, processor, mean, std):

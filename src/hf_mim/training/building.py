@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from transformers.utils import logging
 
 from ..hub.vit import encoder_from_vit
+from ..models.presets import preset_config
 from ..models.vit.alignment import align_weights
-from ..models.vit.configuration_vit import as_pair
 from ..models.vit.frozen import describe_config, load_quietly, read_description, read_normalization, read_source
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
+from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, ENCODER, METHODS, method_class, method_name
 from .command import ClassifierArguments, ModelArguments
-from .presets import preset_config
 
 logger = logging.get_logger(__name__)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import extract_model_from_parallel
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 from transformers.utils import logging
@@ -93,6 +94,21 @@ class SaveOnInterrupt(TrainerCallback):
 
 def _is_launched() -> bool:
     return "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+class MIMCallback(TrainerCallback):
+    """
+    Does after each optimiser step what a method needs then: moves PiLaMIM's averaged target, keeps OCL's temperature
+    within its limit. `MIMTrainer` has it; give it to transformers' own `Trainer`:
+    `Trainer(model, args, train_dataset=..., callbacks=[hf_mim.MIMCallback()])`.
+    """
+
+    def on_optimizer_step(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # With float16 a step whose gradients overflowed is left out.
+        if not getattr(optimizer, "step_was_skipped", False):
+            extract_model_from_parallel(model, keep_torch_compile=False).after_optimizer_step(
+                state.global_step, state.max_steps
+            )
 
 
 class LogReconstructions(TrainerCallback):

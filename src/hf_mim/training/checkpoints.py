@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging
 
 from ..files import write_json
-from ..models.vit.configuration_vit import as_pair
+from ..models.vit.sizes import as_pair
 
 logger = logging.get_logger(__name__)
 

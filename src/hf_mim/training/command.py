@@ -4,15 +4,16 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
+from ..models.presets import PRESETS
 from ..registry import MODEL_TYPES
-from .presets import PRESETS, preset_training
+from .presets import preset_training
 
 # A flag, and the one that would take precedence over it. Whoever sets only the first overrules the second of a recipe
 # or a preset.
@@ -191,11 +192,56 @@ def _chosen(argument_classes: tuple[type, ...], argv: list[str]) -> dict:
     return vars(parser.parse_known_args(argv)[0])
 
 
+_STOCK_TITLE = "transformers' TrainingArguments"
+_TITLES = {
+    "ModelArguments": "The network",
+    "ClassifierArguments": "The network",
+    "DataArguments": "The images",
+    "MIMTrainingArguments": "Training and evaluation",
+    "FineTuningArguments": "Training and evaluation",
+    "ProbeArguments": "The probe",
+    "ReportArguments": "The report",
+    "CheckArguments": "The check",
+}
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names each flag once, without its value's name and its spelling with dashes."""
+
+    def _format_action_invocation(self, action):
+        return action.option_strings[0] if action.option_strings else super()._format_action_invocation(action)
+
+
 class _Parser(HfArgumentParser):
     """Takes whole names only, and says what is wrong without the usage, which is pages long."""
 
     def __init__(self, argument_classes: tuple[type, ...]):
-        super().__init__(argument_classes, allow_abbrev=False)
+        super().__init__(
+            argument_classes,
+            allow_abbrev=False,
+            formatter_class=_HelpFormatter,
+            usage="%(prog)s [RECIPE.yaml] [--FLAG VALUE ...]",
+        )
+        self._group(argument_classes)
+
+    def _group(self, argument_classes: tuple[type, ...]) -> None:
+        """Puts the flags into groups for --help: ours first, transformers' `TrainingArguments` last."""
+        # What our arguments have besides, or say otherwise, is ours.
+        stock = {argument.name: argument.metadata.get("help", "") for argument in fields(TrainingArguments)}
+        titles = {}
+        for argument_class in argument_classes:
+            for argument in fields(argument_class):
+                same = stock.get(argument.name) == argument.metadata.get("help", "")
+                titles[argument.name] = _STOCK_TITLE if same else _TITLES[argument_class.__name__]
+        groups = {}
+        for action in list(self._optionals._group_actions):
+            # A bool that is true by default has its opposite too, --no_FLAG.
+            title = titles.get(action.dest)
+            if title is not None:
+                self._optionals._group_actions.remove(action)
+                groups.setdefault(title, []).append(action)
+        for title in sorted(groups, key=lambda title: title == _STOCK_TITLE):
+            self.add_argument_group(title)._group_actions.extend(groups[title])
 
     def error(self, message: str):
         raise ValueError(f"{message[0].upper()}{message[1:]}. Run the script with --help for all flags.")

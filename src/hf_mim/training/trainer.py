@@ -8,22 +8,32 @@ from torch import nn
 from transformers import TrainerCallback
 
 from ..data.pretraining import pretraining_collator
+from .arguments import MIMTrainingArguments
 from .base_trainer import ViTTrainer
+from .callbacks import MIMCallback
 from .collapse import MAX_PICTURES, CollapseWatch
+from .datasets import prepare_evaluation, prepare_images
 
 
 class MIMTrainer(ViTTrainer):
     """
     The trainer of masked image modelling. It knows a method only through what its outputs and its model
     offer: every output named `loss_*` is logged under its name, `model.after_optimizer_step` is called after each
-    optimiser step (averaged targets), and `model.watched_features` are watched for collapse when logging.
+    optimiser step (`MIMCallback`), and `model.watched_features` are watched for collapse when logging.
 
-    Data sets yield `pixel_values` and `noise`, which are functions of (seed, epoch, sample index): the sampler sends
-    the epoch along with the index, so that neither workers, processes nor resuming change what a sample looks like.
+    Crops, flips and masks are functions of (seed, epoch, sample index): the sampler sends the epoch along with the
+    index, so that neither workers, processes nor resuming change what a sample looks like.
 
     Args:
-        As `Trainer`; `args` is a [`MIMTrainingArguments`], `train_dataset` a `PretrainingDataset` or a
-        `StreamingPretrainingDataset`.
+        As `Trainer`; `args` is a [`MIMTrainingArguments`].
+        train_dataset: A folder, a list of paths, PIL images, arrays or tensors, an array (N, height, width, channels),
+            a `datasets.Dataset` or `IterableDataset` (which needs `max_steps`), or any map-style data set of images,
+            (image, label) pairs or dicts that hold an image: cropped, flipped and normalised as the papers do. Items
+            with `pixel_values` are left as they are. A `PretrainingDataset` has a transform of its own.
+        eval_dataset: The same, or a dict of several, as the image processor gives the images.
+        processing_class: The image processor, which is saved with the model. None: one that fits the model and the
+            images (mean and standard deviation are ImageNet's for 3 channels, computed for any other number).
+        image_column (`str`, *optional*): Where an item has its image, if that cannot be told.
         stage (`int`, *optional*): Of a run of several; logged as `stage`.
         optimizer_state (path, *optional*): A saved optimiser whose state, but not whose learning rate, training
             starts with.
@@ -35,9 +45,41 @@ class MIMTrainer(ViTTrainer):
         NonFiniteLossError: In training, when a loss is not finite; checked when logging, before saving and at the end.
     """
 
-    def __init__(self, *args, stage: int | None = None, optimizer_state: str | Path | None = None, **kwargs):
-        kwargs.setdefault("data_collator", pretraining_collator)
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: nn.Module,
+        args: MIMTrainingArguments,
+        data_collator=None,
+        train_dataset=None,
+        eval_dataset=None,
+        processing_class=None,
+        *,
+        image_column: str | None = None,
+        stage: int | None = None,
+        optimizer_state: str | Path | None = None,
+        callbacks: list | None = None,
+        **kwargs,
+    ):
+        train_dataset, processing_class = prepare_images(
+            train_dataset, model.config, args, processing_class, train=True, image_column=image_column
+        )
+        eval_dataset, processing_class = prepare_evaluation(
+            eval_dataset, model.config, args, processing_class, image_column
+        )
+        if processing_class is not None:
+            model.set_image_normalization(processing_class.image_mean, processing_class.image_std)
+        # Of its own: a target is not to be moved twice.
+        callbacks = [callback for callback in callbacks or () if not _is_ours(callback)]
+        super().__init__(
+            model,
+            args,
+            data_collator=pretraining_collator if data_collator is None else data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[MIMCallback(), *callbacks],
+            **kwargs,
+        )
         self.stage, self.optimizer_state = stage, optimizer_state
         # Called with the encoder at each evaluation; gives metrics by name.
         self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
@@ -68,6 +110,12 @@ class MIMTrainer(ViTTrainer):
         )
         return 0 if is_left_over else counted
 
+    def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
+        """As `Trainer.evaluate`; `eval_dataset` may be all that the constructor takes."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset, _ = prepare_evaluation(eval_dataset, self.model.config, self.args, self.processing_class)
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
@@ -91,10 +139,6 @@ class MIMTrainer(ViTTrainer):
             features = self.accelerator.gather(features.detach()[:MAX_PICTURES].contiguous())
             watch.measure(features, step, say=self.is_world_process_zero())
 
-    def after_optimizer_step(self) -> None:
-        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        model.after_optimizer_step(self.state.global_step, self.state.max_steps)
-
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.feature_evaluation is not None:
@@ -109,6 +153,10 @@ class MIMTrainer(ViTTrainer):
         if self.stage is not None:
             logs["stage"] = self.stage
         super().log(logs, start_time)
+
+
+def _is_ours(callback) -> bool:
+    return callback is MIMCallback or isinstance(callback, MIMCallback)
 
 
 class _BeginWatch(TrainerCallback):

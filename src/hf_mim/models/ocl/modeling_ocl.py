@@ -122,6 +122,7 @@ class OCLForPreTraining(MaskedViTForPreTraining):
         """Keeps the temperature's parameter within its limit."""
         if self.config.trainable_temperature:
             self.temperature.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
+        super().after_optimizer_step(step, num_steps)
 
     def watched_features(self, outputs: OCLForPreTrainingOutput) -> torch.Tensor:
         return outputs["features"]

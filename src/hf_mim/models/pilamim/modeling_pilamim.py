@@ -7,7 +7,6 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.averaging import average_weights
-from ..vit.configuration_vit import as_pair
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
@@ -17,6 +16,7 @@ from ..vit.modeling_vit import (
     patchify,
     refuse_unknown,
 )
+from ..vit.sizes import as_pair
 from .configuration_pilamim import PiLaMIMConfig
 
 logger = logging.get_logger(__name__)
@@ -93,6 +93,7 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
         start, end = self.config.ema_momentum, self.config.ema_momentum_end
         momentum = start + (end - start) * step / num_steps
         average_weights(self.target_encoder, self.encoder, momentum)
+        super().after_optimizer_step(step, num_steps)
 
     def fill_missing(self, missing: set[str]) -> set[str]:
         target = {f"target_encoder.{name}" for name in self.target_encoder.state_dict()}

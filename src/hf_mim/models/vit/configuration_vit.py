@@ -4,14 +4,12 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-
-def as_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """`size` as (height, width): an integer means a square."""
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
+from ..presets import FromPreset
+from .sizes import as_pair
 
 
 @strict
-class MaskedViTConfig(BackboneConfigMixin, PreTrainedConfig):
+class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     r"""
     The Vision Transformer that every method of hf_mim pretrains. Each method's config adds its own fields.
 

@@ -18,10 +18,11 @@ from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
 from transformers.utils import cached_file, logging
 
 from .alignment import align_weights
-from .configuration_vit import MaskedViTConfig, as_pair
+from .configuration_vit import MaskedViTConfig
 from .modeling_vit import MaskedViTModel
 from .pixels import PixelRenormalization
 from .position import sincos_position_table
+from .sizes import as_pair
 
 
 class _Layout(NamedTuple):

@@ -12,6 +12,7 @@ targets, all losses, OCL's temperature and similarities, and averaged targets.
 """
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -21,15 +22,18 @@ from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.utils import TransformersKwargs
+from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .alignment import AlignedLoading
 from .attention import MaskedViTAttention, MaskedViTMLP
-from .configuration_vit import MaskedViTConfig, as_pair
+from .configuration_vit import MaskedViTConfig
 from .masking import random_masking, restore_order
 from .pixels import PixelRenormalization
 from .position import interpolate_position_table, sincos_position_table
+from .sizes import as_pair
+
+logger = logging.get_logger(__name__)
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -417,6 +421,10 @@ class PreTrainingMixin:
     # a time, where it is set, without keeping what their gradients need.
     pairwise_loss = False
     chunk_size: int | None = None
+    # A few trained weights before the first step, by which it is noticed (fused optimisers count no versions); and
+    # whether it is known that `after_optimizer_step` is called, or has been said that it is not.
+    _first_weights: torch.Tensor | None = None
+    _is_followed = False
 
     def freeze(self) -> None:
         """Stops gradients of the frozen networks, and puts them in eval mode."""
@@ -461,6 +469,19 @@ class PreTrainingMixin:
         """Takes the weights of an encoder of the same sizes, of any method."""
         self.encoder.load_vit_state_dict(encoder.vit_state_dict())
 
+    def set_image_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """
+        Tells a frozen network how the images are normalised, where the config does not say. It then sees them as it
+        was trained; nothing happens for methods without one.
+        """
+        if getattr(self.config, "image_mean", mean) is not None:
+            return
+        self.config.image_mean, self.config.image_std = list(map(float, mean)), list(map(float, std))
+        for name in self.frozen_modules:
+            frozen = self.get_submodule(name)
+            wanted = frozen.pixels.numbers[2:]
+            frozen.pixels = PixelRenormalization(frozen.config.num_channels, mean, std, *wanted).to(self.device)
+
     def take_source(self, source, new_encoder: bool = True) -> None:
         """
         Fills the frozen network that the method learns from with a trained one.
@@ -472,7 +493,37 @@ class PreTrainingMixin:
         raise ValueError(f"{type(self).__name__} learns from no other network.")
 
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
-        """Called by the trainer after each optimiser step. `step` counts from 0 to `num_steps - 1`."""
+        """
+        What a method does after each optimiser step; `MIMTrainer` and `MIMCallback` call it.
+
+        Args:
+            step (`int`): From 0 to `num_steps - 1`.
+            num_steps (`int`): Of the whole training.
+        """
+        self._first_weights, self._is_followed = None, True
+
+    def __call__(self, *args, **kwargs):
+        if not self._is_followed and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._warn_if_forgotten()
+        return super().__call__(*args, **kwargs)
+
+    def _warn_if_forgotten(self) -> None:
+        """Warns once if an optimiser has moved the weights, and nobody called `after_optimizer_step`."""
+        if type(self).after_optimizer_step is PreTrainingMixin.after_optimizer_step:
+            self._is_followed = True
+            return
+        weight = next(parameter for parameter in self.parameters() if parameter.requires_grad).detach()
+        weight = getattr(weight, "_local_tensor", weight).flatten()[:16]
+        if self._first_weights is None:
+            self._first_weights = weight.clone()
+        elif not torch.equal(weight, self._first_weights):
+            self._first_weights, self._is_followed = None, True
+            logger.warning(
+                f"An optimiser step was made and {type(self).__name__}.after_optimizer_step was not called, so that "
+                "averaged targets stand still and limits are not kept. Train with hf_mim.MIMTrainer, or give the "
+                "Trainer callbacks=[hf_mim.MIMCallback()]; a loop of your own calls "
+                "model.after_optimizer_step(step, num_steps)."
+            )
 
     def next_stage(self) -> "MaskedViTForPreTraining":
         """

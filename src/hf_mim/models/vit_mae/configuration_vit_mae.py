@@ -3,11 +3,13 @@
 from huggingface_hub.dataclasses import strict
 from transformers.models.vit_mae import configuration_vit_mae
 
-from ..vit.configuration_vit import as_pair, check_heads, check_mask_ratio
+from ..presets import FromPreset
+from ..vit.configuration_vit import check_heads, check_mask_ratio
+from ..vit.sizes import as_pair
 
 
 @strict
-class ViTMAEConfig(configuration_vit_mae.ViTMAEConfig):
+class ViTMAEConfig(FromPreset, configuration_vit_mae.ViTMAEConfig):
     r"""
     MAE ("Masked Autoencoders Are Scalable Vision Learners", He et al., 2022): transformers' config of the same name,
     with the fields and the `model_type` that it has there. What differs are defaults: MAE's `layer_norm_eps` of 1e-6,
