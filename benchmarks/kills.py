@@ -87,8 +87,8 @@ def kill(number: int, out: Path, seconds: float, *, in_save: bool) -> bool:
             if os.waitpid(number, os.WNOHANG)[0]:
                 return False
             time.sleep(0.0005)
-        # A save of this size takes some hundredths of a second.
-        seconds = min(seconds, random.random() * 0.03)
+        # A save of this size takes about a hundredth of a second.
+        seconds = min(seconds, random.random() * 0.012)
     time.sleep(seconds)
     if os.waitpid(number, os.WNOHANG)[0]:
         return False

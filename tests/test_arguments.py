@@ -444,3 +444,34 @@ class TestTinyPatches:
         with pytest.raises(ValueError, match="97 pixels have no divisor near 12. Choose another --image_size.*96"):
             preset_config("pilamim", "tiny", (64, 97))
         assert preset_config("pilamim", "tiny", (64, 97), [1])["patch_size"] == [1, 1]
+
+
+class TestFamilies:
+    """A number of steps asks for steps, whatever the preset or the recipe counts in."""
+
+    def read(self, tmp_path, *flags):
+        return parse_arguments(
+            (ModelArguments, DataArguments, MIMTrainingArguments), [*flags, f"--output_dir={tmp_path}"]
+        )[2]
+
+    def test_a_number_of_steps_beats_the_presets_epochs(self, tmp_path):
+        assert self.read(tmp_path).save_strategy == "epoch"
+        args = self.read(tmp_path, "--save_steps=7", "--eval_steps=5")
+        assert (args.save_strategy, args.save_steps, args.eval_strategy, args.eval_steps) == ("steps", 7, "steps", 5)
+        args = self.read(tmp_path, "--save_steps=7", "--save_strategy=epoch")
+        assert args.save_strategy == "epoch"
+
+    def test_in_a_recipe(self, tmp_path):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("save_steps: 7\neval_strategy: epoch\n")
+        args = self.read(tmp_path, str(recipe))
+        assert (args.save_strategy, args.save_steps, args.eval_strategy) == ("steps", 7, "epoch")
+        assert self.read(tmp_path, str(recipe), "--save_strategy=epoch").save_strategy == "epoch"
+        args = self.read(tmp_path, str(recipe), "--eval_steps=3")
+        assert (args.eval_strategy, args.eval_steps) == ("steps", 3)
+
+    @pytest.mark.parametrize("words", [["--fsdp", "true"], ["--fsdp"], ["--fsdp=True"]])
+    def test_fsdp(self, tmp_path, words):
+        args = self.read(tmp_path, *words)
+        assert args.fsdp is True and args.fsdp_plugin_args["fsdp_version"] == 2
+        assert not self.read(tmp_path, "--fsdp=false").fsdp

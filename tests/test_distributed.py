@@ -1,13 +1,29 @@
 """Two processes on the CPU: the losses and weights of one process with the same effective batch."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny_training import FLAGS, RUN_MIM, losses, run, tiny_config, tiny_trainer, write_pictures
+from hf_mim.training.checkpoints import find_damage
+from tiny_training import (
+    FLAGS,
+    REPOSITORY,
+    RUN_MIM,
+    environment,
+    losses,
+    run,
+    tiny_config,
+    tiny_trainer,
+    write_pictures,
+)
 
 # 22 pictures less one held out: 5 steps of 4 in an epoch, and one left over.
 # In float32: what is compared agrees within 1e-5.
@@ -82,16 +98,88 @@ def test_two_processes_equal_one(folder, one_process, tmp_path, launcher):
     assert [log["step"] for log in state["log_history"] if "loss" in log] == list(range(1, 11))
 
 
-def test_held_out_pictures_count_once(folder, tmp_path):
-    """Three of them, in batches of two: the second process is given one again, which no loss may count."""
-    flags = [*FLAGS, "--max_steps=1", "--save_strategy=no", "--eval_strategy=steps", "--eval_steps=1"]
-    flags += [f"--train_dir={folder}", "--validation_fraction=0.14", "--per_device_train_batch_size=2"]
-    result = run(torchrun(RUN_MIM, *flags, "--use_cpu", f"--output_dir={tmp_path}"))
-    assert result.returncode == 0, result.stderr
-    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
-    (found,) = [log for log in history if "eval_loss" in log]
-    parts = sum(found[f"eval_{name}"] for name in PARTS[1:])
-    assert found["eval_loss"] == pytest.approx(parts, abs=1e-5)
+HELD_OUT = """
+import json, os, sys
+sys.path.insert(0, "tests")
+import torch
+from hf_mim import OCLConfig, OCLForPreTraining
+from tiny_training import SIZES, tiny_data, tiny_trainer
+
+folder = sys.argv[1]
+world = int(os.environ.get("WORLD_SIZE", 1))
+encoder = {name: value for name, value in SIZES.items() if not name.startswith("decoder")}
+ocl = {"config": OCLConfig(**encoder), "model_class": OCLForPreTraining}
+found = {}
+# 7 and 9 pictures in batches of 4: whole, left over, and rounds in which the second process has none.
+for name, method in (("pilamim", {}), ("ocl", ocl)):
+    for number in (3, 7, 9, 12):
+        for given in (True, False):
+            sizes = {"per_device_train_batch_size": 4 // world}
+            sizes |= {"per_device_eval_batch_size": 4} if given else {}
+            trainer = tiny_trainer(f"{folder}/{name}", eval_data=tiny_data(number), **method, **sizes)
+            metrics = trainer.evaluate()
+            found[f"{name} {number} {given}"] = {key: value for key, value in metrics.items() if "loss" in key}
+trainer = tiny_trainer(f"{folder}/rank", max_steps=2, per_device_train_batch_size=4 // world, **ocl)
+trainer.train()
+found["rank"] = {key: log[key] for log in trainer.state.log_history for key in ("rank_me", "uniformity") if key in log}
+if trainer.is_world_process_zero():
+    json.dump(found, open(f"{folder}/found.json", "w"))
+if world > 1:
+    torch.distributed.barrier()
+    os._exit(0)  # as in test_stream_is_shared_out
+"""
+
+
+def test_held_out_losses_and_rank_are_those_of_one_process(tmp_path):
+    script = tmp_path / "held_out.py"
+    script.write_text(HELD_OUT)
+    for launch, name in ((lambda *command: list(command), "one"), (torchrun, "two")):
+        (tmp_path / name).mkdir()
+        result = run(launch(str(script), str(tmp_path / name)))
+        assert result.returncode == 0, result.stderr
+        assert "broadcast_buffers" not in result.stderr
+    one, two = (json.loads((tmp_path / name / "found.json").read_text()) for name in ("one", "two"))
+    assert one.keys() == two.keys() and len(one) == 17
+    for case, metrics in one.items():
+        assert two[case] == pytest.approx(metrics, abs=1e-6 if case != "rank" else 1e-4), case
+    parts = {name: value for name, value in one["pilamim 7 True"].items() if name != "eval_loss"}
+    assert one["pilamim 7 True"]["eval_loss"] == pytest.approx(sum(parts.values()), abs=1e-5)
+
+
+def test_terminated_between_two_logs(folder, tmp_path):
+    """Agreed in seconds, though the next log is far; both processes end by themselves."""
+    flags = [
+        *FLAGS,
+        "--num_train_epochs=4000",
+        "--save_strategy=no",
+        "--logging_steps=100000",
+        f"--train_dir={folder}",
+    ]
+    flags += ["--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'out'}"]
+    with subprocess.Popen(
+        [sys.executable, *torchrun(RUN_MIM, *flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+        cwd=REPOSITORY,
+        start_new_session=True,
+    ) as process:
+        try:
+            for line in process.stdout:
+                if "effective batch" in line:
+                    break
+            time.sleep(5)
+            asked = time.monotonic()
+            process.send_signal(signal.SIGTERM)
+            out, err = process.communicate(timeout=60)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    assert time.monotonic() - asked < 20
+    assert "launcher says" in out and "is harmless" in out
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert find_damage(checkpoint) is None, err
 
 
 def test_resuming_in_the_middle_of_an_epoch(folder, one_process, tmp_path):

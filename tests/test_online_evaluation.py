@@ -172,3 +172,16 @@ class TestMistakes:
         data.train = object.__new__(PictureStream)
         with pytest.raises(ValueError, match="leave out --streaming"):
             OnlineEvaluation(data, processor(), knn=True, linear=False)
+
+
+def test_no_picture_is_read_before_the_first_evaluation(monkeypatch):
+    read = []
+    stock = PictureDataset.__getitem__
+    monkeypatch.setattr(PictureDataset, "__getitem__", lambda data, index: read.append(index) or stock(data, index))
+    evaluation = OnlineEvaluation(splits(), processor(), knn=True, linear=False)
+    assert read == []
+    evaluation(hf_mim.PiLaMIMModel(tiny_config()).eval())
+    assert len(read) == 36
+    # Only to leave out broken ones they are all looked at first.
+    OnlineEvaluation(splits(), processor(), knn=True, linear=False, skip_broken=True)
+    assert len(read) == 72

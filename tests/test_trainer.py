@@ -601,3 +601,18 @@ def test_checkpoint_holds_what_loading_needs(tmp_path):
     trainer.train()
     loaded = PiLaMIMForPreTraining.from_pretrained(tmp_path / "checkpoint-2")
     assert_equal(dict(loaded.state_dict()), dict(trainer.model.state_dict()))
+
+
+class TestWhatOnlyTheJobDoes:
+    def test_stages(self, tmp_path):
+        with pytest.raises(ValueError, match="num_stages is 2, and a trainer trains one stage"):
+            tiny_trainer(tmp_path, num_stages=2, max_steps=1).train()
+
+    @pytest.mark.parametrize("name", ["eval_knn", "online_probe"])
+    def test_evaluation_of_features(self, tmp_path, name):
+        trainer = tiny_trainer(tmp_path, max_steps=1, **{name: True})
+        with pytest.raises(ValueError, match="eval_knn and online_probe need whole pictures with labels"):
+            trainer.train()
+        trainer.feature_evaluation = lambda encoder: {}
+        trainer.train()
+        assert trainer.state.global_step == 1

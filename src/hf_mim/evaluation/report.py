@@ -8,6 +8,7 @@ from .knn import knn_accuracy, rank_me
 from .linear import linear_probe_accuracy
 
 RAW_PIXELS = "raw pixels"
+_FEW = 50
 
 
 def evaluate_features(
@@ -73,9 +74,17 @@ def results_table(results: dict) -> list[list[str]]:
 def describe_results(results: dict) -> str:
     """What the numbers of `results_table` are."""
     train, test = results["num_train"], results["num_test"]
+    few = few_pictures(test)
     if not next(iter(results["features"].values()))["knn"]:
-        return f"The data has no labels: RankMe of the features of {test} held-out pictures"
-    return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out)"
+        return f"The data has no labels: RankMe of the features of {test} held-out pictures{few}"
+    return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out{few})"
+
+
+def few_pictures(number: int) -> str:
+    """What to say beside an accuracy on so many pictures; nothing from 50 on."""
+    if number >= _FEW:
+        return ""
+    return f", which are few: one picture more or less is {100 / max(number, 1):.1f} points"
 
 
 def text_table(rows: list[list[str]]) -> str:

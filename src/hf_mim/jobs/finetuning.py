@@ -14,6 +14,7 @@ from ..data.image_processing import build_image_processor, evaluation_transform
 from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
 from ..data.sources import PictureDataset, check_folder, from_folder
 from ..evaluation.pictures import draw_loss_curves
+from ..evaluation.report import few_pictures
 from ..evaluation.robustness import match_classes
 from ..files import write_json
 from ..hub.cards import write_classifier_card
@@ -353,7 +354,8 @@ def write_results(trainer, model_args, data_args, results: dict) -> None:
         "seed": str(run["seed"]),
     }
     write_classifier_card(folder, args.hub_model_id or str(folder), trainer.model.config, training, results)
-    say(f"\nAccuracy: {results['accuracy']:.2f} % of {results['num_test']} held-out pictures.")
+    tested = results["num_test"]
+    say(f"\nAccuracy: {results['accuracy']:.2f} % of {tested} held-out pictures{few_pictures(tested)}.")
     for name, metrics in results["robustness"].items():
         say(f"{name}: {metrics['accuracy']:.2f} %.")
     say(f"The classifier is in {folder}: pipeline('image-classification', {str(folder)!r}) after `import hf_mim`.")

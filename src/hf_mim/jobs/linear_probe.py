@@ -20,7 +20,7 @@ from ..evaluation.encoders import blocks_read
 from ..evaluation.features import extract_features, shared_labels
 from ..evaluation.linear_probe import LinearProbe, train_probes
 from ..evaluation.online import check_labelled
-from ..evaluation.report import text_table
+from ..evaluation.report import few_pictures, text_table
 from ..files import write_json
 from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
@@ -188,7 +188,8 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "linear_probe.json"
         write_json(path, _describe(args, data_args, train, test) | {"results": results})
-        print(f"\nAccuracy in % on {len(test)} held-out pictures: last epoch / best epoch (which)")
+        few = few_pictures(len(test))
+        print(f"\nAccuracy in % on {len(test)} held-out pictures{few}: last epoch / best epoch (which)")
         print(text_table(probe_table(results)))
         print(f"\nAll epochs are in {path}.", flush=True)
     PartialState().wait_for_everyone()

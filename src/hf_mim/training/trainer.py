@@ -116,6 +116,28 @@ class MIMTrainer(ViTTrainer):
             eval_dataset, _ = prepare_evaluation(eval_dataset, self.model.config, self.args, self.processing_class)
         return super().evaluate(eval_dataset, *args, **kwargs)
 
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """
+        As [`ViTTrainer.train`].
+
+        Raises:
+            ValueError: If the arguments ask for what a trainer alone does not do: several stages, or evaluations of
+                features without `feature_evaluation`.
+        """
+        if self.args.num_stages > 1 and self.stage is None:
+            raise ValueError(
+                f"num_stages is {self.args.num_stages}, and a trainer trains one stage. Let "
+                "hf_mim.jobs.pretraining.pretrain (examples/run_mim.py) train them all, or give each stage a trainer "
+                "of its own, with the model.next_stage() of the one before."
+            )
+        if (self.args.eval_knn or self.args.online_probe) and self.feature_evaluation is None:
+            raise ValueError(
+                "eval_knn and online_probe need whole pictures with labels, where the trainer's data sets have crops. "
+                "Set trainer.feature_evaluation = hf_mim.evaluation.online.OnlineEvaluation(pictures, processor, "
+                "knn=True, linear=True), or leave them out."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         created = self.optimizer is None
         optimizer = super().create_optimizer(*args, **kwargs)
