@@ -196,3 +196,16 @@ def test_other_models_are_refused():
     dino = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=28))
     with pytest.raises(ValueError, match="vit_mae.*dinov2"):
         encoder_from_vit(dino)
+
+
+@pytest.mark.parametrize("suffix", ["Model", "ForImageClassification"])
+def test_exports_take_other_sizes(method, suffix):
+    """Positions are interpolated as by the encoder itself; the stock ViT needs a patch size that is a number."""
+    model = tiny_model(method, suffix, image_size=(32, 32), patch_size=(8, 8))
+    exported = hf_mim.to_vit(model)
+    assert exported.config.patch_size == 8 and exported.config.image_size == 32
+    pixel_values = torch.randn(2, 5, 48, 40, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, actual = (m(pixel_values, interpolate_pos_encoding=True) for m in (model, exported))
+    name = "logits" if suffix == "ForImageClassification" else "last_hidden_state"
+    torch.testing.assert_close(actual[name], expected[name], rtol=0, atol=1e-5)

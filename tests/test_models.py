@@ -599,6 +599,39 @@ class TestEveryMethod:
         attentions = [m for m in model.modules() if type(m).__name__ in ("MaskedViTAttention", "ViTAttention")]
         assert set(used) == set(attentions)
 
+    @pytest.mark.parametrize("asked", ["eager", "sdpa"])
+    def test_every_part_has_the_attention_that_was_asked_for(self, method, asked, tmp_path):
+        """As transformers' own common tests have it, frozen networks included."""
+        model_class = method_class(method, "ForPreTraining")
+        built = model_class._from_config(tiny_config(method), attn_implementation=asked)
+        built.save_pretrained(tmp_path)
+        loaded = model_class.from_pretrained(tmp_path, attn_implementation=asked)
+        changed = model_class(tiny_config(method))
+        changed.set_attn_implementation(asked)
+        for model in (built, loaded, changed):
+            assert model.config._attn_implementation == asked
+            for name, module in model.named_modules():
+                if hasattr(getattr(module, "config", None), "_attn_implementation"):
+                    assert module.config._attn_implementation == asked, name
+
+    @pytest.mark.parametrize(
+        ("fields", "value"),
+        [
+            ({"num_attention_heads": 4}, "num_attention_heads is 4 there and 2 here"),
+            ({"hidden_act": "relu"}, "hidden_act is relu there and gelu here"),
+            ({"layer_norm_eps": 1e-3}, "layer_norm_eps is 0.001 there and 1e-06 here"),
+            ({"qkv_bias": False}, "qkv_bias is False there and True here"),
+            ({"position_embedding": "learned"}, 'position_embedding="learned"'),
+        ],
+    )
+    def test_an_encoder_that_computes_otherwise_is_refused(self, method, fields, value):
+        model = tiny_model(method, "ForPreTraining")
+        before = {name: weight.clone() for name, weight in model.state_dict().items()}
+        with pytest.raises(ValueError, match=value):
+            model.load_encoder(tiny_model("pilamim", "Model", **fields))
+        assert_same_state(model.state_dict(), before)
+        model.load_encoder(tiny_model("pilamim", "Model"))
+
     @pytest.mark.slow
     def test_flex_attention_agrees(self, method):
         model = tiny_model(method, "Model")

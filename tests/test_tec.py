@@ -288,7 +288,7 @@ def test_starting_from_the_base():
         same = torch.equal(model.encoder.layers[1].mlp.fc1.weight, base.layers[1].mlp.fc1.weight)
         assert same is asked
         assert torch.equal(model.encoder.embeddings.cls_token, base.embeddings.cls_token) is asked
-    with pytest.raises(ValueError, match="initialize_from_base needs a base of the student's own sizes"):
+    with pytest.raises(ValueError, match="base \\(initialize_from_base\\).*hidden_size is 32 there and 64 here"):
         TECForPreTraining.from_base(base, tiny_config("tec", initialize_from_base=True, hidden_size=64))
 
 
@@ -330,6 +330,49 @@ def test_no_graph_breaks_with_any_base(kind):
     loss = torch.compile(model, fullgraph=True, backend="eager")(**batch).loss
     loss.backward()
     assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+
+
+def test_learned_positions_of_a_base_are_not_lost():
+    base = tiny_model("pilamim", "Model", position_embedding="learned")
+    with pytest.raises(ValueError, match='position_embedding="learned"'):
+        TECForPreTraining.from_base(base, tiny_config("tec", initialize_from_base=True))
+    config = tiny_config("tec", initialize_from_base=True, position_embedding="learned")
+    model = TECForPreTraining.from_base(base, config)
+    assert torch.equal(model.encoder.embeddings.position_embeddings, base.embeddings.position_embeddings)
+
+
+def test_an_untrained_base_is_said_once_and_a_trained_one_not(caplog, tmp_path):
+    text = "The base is as it was initialised"
+    untrained = TECForPreTraining(tiny_config("tec"))
+    batch = tiny_batch(untrained.config)
+    untrained.eval()(**batch)
+    assert text not in caplog.text
+    for _ in range(2):
+        untrained.train()(**batch)
+    assert caplog.text.count(text) == 1
+    caplog.clear()
+    trained = TECForPreTraining.from_base(tiny_model("pilamim", "Model"), tiny_config("tec")).train()
+    trained(**batch)
+    trained.save_pretrained(tmp_path)
+    TECForPreTraining.from_pretrained(tmp_path).train()(**batch)
+    assert text not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("fields", "unknown"),
+    [
+        ({"base_image_mean": [0.5] * 5, "base_image_std": [0.5] * 5}, "student"),
+        ({"image_mean": [0.5] * 5, "image_std": [0.5] * 5}, "frozen network"),
+        ({}, None),
+    ],
+)
+def test_half_known_normalisation_is_said(fields, unknown, caplog):
+    model = TECForPreTraining(tiny_config("tec", **fields))
+    for _ in range(2):
+        model(**tiny_batch(model.config))
+    assert caplog.text.count("has its images normalised") == (unknown is not None)
+    if unknown:
+        assert f"not of the {unknown}" in caplog.text
 
 
 def test_second_round(tmp_path):

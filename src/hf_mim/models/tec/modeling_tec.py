@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.backbone_utils import filter_output_hidden_states
 from transformers.modeling_outputs import ImageClassifierOutput
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.attention import MaskedViTMLP
@@ -31,7 +31,10 @@ from ..vit.modeling_vit import (
     classification_loss,
     refuse_unknown,
 )
+from ..vit.transfer import refuse_other_network
 from .configuration_tec import TECConfig
+
+logger = logging.get_logger(__name__)
 
 # What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
 _BESIDES_ENCODER = [r"^base\.", r"^decoder\.", r"^encoder_adapter\.", r"^classifier\."]
@@ -270,6 +273,7 @@ class TECForPreTraining(MaskedViTForPreTraining):
         network = self.base.network
         weights = network.vit_state_dict() if isinstance(network, MaskedViTModel) else network.state_dict()
         weights = {name: value for name, value in weights.items() if not name.endswith("mask_token")}
+        refuse_other_network(self.config, network.config, "the base (initialize_from_base)")
         try:
             self.encoder.load_vit_state_dict(weights)
         except RuntimeError as error:
@@ -300,6 +304,12 @@ class TECForPreTraining(MaskedViTForPreTraining):
             TypeError: If there is no such argument.
         """
         refuse_unknown(self, kwargs)
+        if self.training and not self.base.is_trained and not torch.compiler.is_compiling():
+            self.base.is_trained = True
+            logger.warning(
+                "The base is as it was initialised: its features and attention are noise, and TEC learns them. Build "
+                "the model by TECForPreTraining.from_base(...), or load a checkpoint that has its base."
+            )
         ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
         context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
         adapted = context.last_hidden_state

@@ -24,6 +24,8 @@ from .pixels import PixelRenormalization
 from .position import sincos_position_table
 from .sizes import as_pair
 
+logger = logging.get_logger(__name__)
+
 
 class _Layout(NamedTuple):
     """Where a type of network keeps its parts."""
@@ -228,16 +230,20 @@ class FrozenViT(nn.Module):
             Pictures are resized so that the network cuts them into this grid.
         pixels (`dict`, *optional*): `source_mean`, `source_std`, `target_mean`, `target_std`, lists of one number a
             channel, None where not known: how the pictures it is given are normalised, and how it wants them.
+        attn_implementation (`str`, *optional*): As the student's; transformers' choice if None.
 
     Raises:
         ValueError: If the type is not supported, or the network cannot have that grid.
     """
 
     def __init__(
-        self, config: PreTrainedConfig, grid: tuple[int, int] | None = None, pixels: Mapping[str, list] | None = None
+        self,
+        config: PreTrainedConfig,
+        grid: tuple[int, int] | None = None,
+        pixels: Mapping[str, list] | None = None,
+        attn_implementation: str | None = None,
     ):
         super().__init__()
-        self.config = config
         self.layout = _layout(config)
         self.patch_size = as_pair(config.patch_size)
         own_grid = tuple(
@@ -251,8 +257,13 @@ class FrozenViT(nn.Module):
                 f"{self.grid[1]}: targets and predictions must be of the same patches. Choose the student's "
                 f"image_size and patch_size so that its grid is {own_grid[0]} x {own_grid[1]}, or another network."
             )
-        self.network = _build(config, self.layout)
+        self.network = _build(config, self.layout, attn_implementation)
+        # Not the method's description of it: the attention implementation that is set later is in this one.
+        self.config = self.network.config
         self.pixels = PixelRenormalization(config.num_channels, **(pixels or {}))
+        # Set by `load_source`, and by loading a checkpoint that has it.
+        self.is_trained = False
+        self._has_said = False
         self.requires_grad_(False)
         self.eval()
 
@@ -290,6 +301,7 @@ class FrozenViT(nn.Module):
                 f"The pictures have {pixel_values.shape[1]} channels, the frozen network takes "
                 f"{self.config.num_channels}. Train with num_channels={self.config.num_channels}."
             )
+        self._say_what_is_not_known()
         network, num_prefix = self.network, 1 + getattr(self.config, "num_register_tokens", 0)
         hidden_states, block_arguments, rotary = self._embed(self._resize(self.pixels(pixel_values)).to(network.dtype))
         blocks = network.get_submodule(self.layout.blocks)
@@ -302,6 +314,19 @@ class FrozenViT(nn.Module):
         if num_prefix > 1:
             outputs = [torch.cat((tokens[:, :1], tokens[:, num_prefix:]), dim=1) for tokens in outputs]
         return FrozenViTOutput(tuple(outputs), attention)
+
+    def _say_what_is_not_known(self) -> None:
+        if self._has_said or torch.compiler.is_compiling():
+            return
+        self._has_said = True
+        source, _, target, _ = self.pixels.numbers
+        if (source is None) != (target is None):
+            unknown, field = ("student", "image_mean") if source is None else ("frozen network", "NAME_image_mean")
+            logger.warning(
+                f"It is known how one of student and frozen network has its images normalised, and not of the "
+                f"{unknown}: the frozen network sees the student's images as they are. Set {field} and its std in the "
+                "config (NAME is base or teacher)."
+            )
 
     def _resize(self, pixel_values: torch.Tensor) -> torch.Tensor:
         size = tuple(number * patch for number, patch in zip(self.grid, self.patch_size, strict=True))
@@ -342,18 +367,20 @@ def build_frozen(config: MaskedViTConfig, name: str) -> FrozenViT:
         "target_mean": getattr(config, f"{name}_image_mean"),
         "target_std": getattr(config, f"{name}_image_std"),
     }
-    return FrozenViT(frozen_config(getattr(config, f"{name}_config"), config), grid=config.grid_size, pixels=pixels)
+    described = frozen_config(getattr(config, f"{name}_config"), config)
+    return FrozenViT(described, config.grid_size, pixels, config._attn_implementation)
 
 
-def _build(config: PreTrainedConfig, layout: _Layout) -> PreTrainedModel:
+def _build(config: PreTrainedConfig, layout: _Layout, attn_implementation: str | None) -> PreTrainedModel:
     # A copy: what is set below, or by transformers, is none of the method's config.
     config = copy.deepcopy(config)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     if not config.model_type:
-        return MaskedViTModel(config)
+        return MaskedViTModel._from_config(config, **attention)
     if config.model_type != "vit_mae":
-        return AutoModel.from_config(config, **layout.construction)
+        return AutoModel.from_config(config, **attention, **layout.construction)
     config.mask_ratio = 0.0
-    network = AutoModel.from_config(config)
+    network = AutoModel.from_config(config, **attention)
     embeddings = network.embeddings
     if not embeddings.position_embeddings.is_meta and not embeddings.position_embeddings.any():
         # transformers 5.23 leaves the positions of a new ViTMAE at zero, and its [CLS] too.
@@ -499,3 +526,4 @@ def load_source(frozen: FrozenViT, source: FrozenSource) -> None:
         raise ValueError(
             f"The weights do not fit a frozen network of type {frozen.config.model_type!r}. {error}"
         ) from error
+    frozen.is_trained = True

@@ -32,6 +32,7 @@ from .masking import random_masking, restore_order
 from .pixels import PixelRenormalization
 from .position import interpolate_position_table, sincos_position_table
 from .sizes import as_pair
+from .transfer import refuse_other_network, refuse_other_positions
 
 logger = logging.get_logger(__name__)
 
@@ -339,9 +340,12 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
 
         Raises:
             RuntimeError: If names or shapes differ.
+            ValueError: If it has learned positions and this one the fixed table.
         """
         own = self.state_dict()
         fixed = {"embeddings.position_embeddings"} - set(own)
+        for name in fixed & set(weights):
+            refuse_other_positions(self.embeddings.position_embeddings, weights[name], "the other encoder")
         plain = set(self.vit_state_dict())
         kept = {name: value for name, value in own.items() if name not in plain}
         self.load_state_dict({name: value for name, value in weights.items() if name not in fixed} | kept)
@@ -466,7 +470,13 @@ class PreTrainingMixin:
         return noise
 
     def load_encoder(self, encoder: "MaskedViTModel") -> None:
-        """Takes the weights of an encoder of the same sizes, of any method."""
+        """
+        Takes the weights of an encoder of the same sizes, of any method.
+
+        Raises:
+            ValueError: If its heads, activation, epsilon, biases, sizes or positions are others.
+        """
+        refuse_other_network(self.config, encoder.config, f"that {type(encoder).__name__}")
         self.encoder.load_vit_state_dict(encoder.vit_state_dict())
 
     def set_image_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -583,6 +593,9 @@ class PreTrainingMixin:
                 f"no weights for {', '.join(parts)} ({len(missing)} tensors). Pass initialize_missing=True to start "
                 "these anew, or load the encoder alone with AutoModel.from_pretrained."
             )
+        for name in model.frozen_modules:
+            if hasattr(model.get_submodule(name), "is_trained"):
+                model.get_submodule(name).is_trained = not any(key.startswith(f"{name}.") for key in missing)
         model.freeze()
         model.eval()
         return (model, info) if output_loading_info else model

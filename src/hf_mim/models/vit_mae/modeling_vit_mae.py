@@ -17,6 +17,7 @@ from transformers.utils.generic import can_return_tuple
 from ..vit.alignment import AlignedLoading
 from ..vit.modeling_vit import MaskedViTModel, PreTrainingMixin, init_linear, refuse_unknown
 from ..vit.position import sincos_position_table
+from ..vit.transfer import refuse_other_network
 from .configuration_vit_mae import ViTMAEConfig
 
 
@@ -111,6 +112,7 @@ class ViTMAEForPreTraining(PreTrainingMixin, stock.ViTMAEForPreTraining, ViTMAEP
 
     @torch.no_grad()
     def load_encoder(self, encoder: MaskedViTModel) -> None:
+        refuse_other_network(self.config, encoder.config, f"that {type(encoder).__name__}")
         self.vit.load_state_dict(encoder.vit_state_dict())
 
     @can_return_tuple

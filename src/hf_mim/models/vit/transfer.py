@@ -1,0 +1,61 @@
+"""Whether the weights of one encoder mean in another what they meant in their own."""
+
+from .sizes import as_pair
+
+# What decides how an encoder computes, besides the shapes of its weights.
+_DECISIVE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "layer_norm_eps",
+    "qkv_bias",
+    "num_channels",
+    "image_size",
+    "patch_size",
+)
+
+
+def refuse_other_network(config, source, what: str) -> None:
+    """
+    Raises ValueError where an encoder of `source` would compute something else with the weights it was trained with.
+
+    Args:
+        config: Of the encoder that is to take the weights.
+        source: Of the encoder that has them; any ViT's.
+        what (`str`): The one that has them, for the message.
+    """
+    different = {}
+    for name in _DECISIVE:
+        if hasattr(source, name):
+            there, here = getattr(source, name), getattr(config, name)
+            if name in ("image_size", "patch_size"):
+                there, here = as_pair(there), as_pair(here)
+            if there != here:
+                different[name] = (there, here)
+    if different:
+        values = ", ".join(f"{name} is {there} there and {here} here" for name, (there, here) in different.items())
+        fix = ", ".join(f"{name}={there!r}" for name, (there, _) in different.items())
+        raise ValueError(
+            f"The weights of {what} were trained in another network: {values}. Here they would not fit, or compute "
+            f"something else. Build the model with {fix}."
+        )
+
+
+def refuse_other_positions(own_fixed, given, what: str) -> None:
+    """
+    Raises ValueError where learned positions would be replaced by the fixed table.
+
+    Args:
+        own_fixed (`torch.Tensor` of shape `(1, 1 + L, dim)`): The fixed table of the encoder that takes the weights.
+        given (`torch.Tensor`): The positions of the encoder that has them.
+        what (`str`): The one that has them, for the message.
+    """
+    if own_fixed.is_meta or given.is_meta:
+        return
+    if own_fixed.shape != given.shape or (own_fixed.float().cpu() - given.float().cpu()).abs().max() > 1e-3:
+        raise ValueError(
+            f"{what[0].upper()}{what[1:]} has positions of its own, and this encoder has the fixed sin-cos table, in "
+            'which they would be lost. Build the model with position_embedding="learned".'
+        )
