@@ -1,4 +1,4 @@
-"""SIGKILL at chance moments, a third of them while something is written, and the same command again: no bit changes."""
+"""SIGKILL at chance moments, a third of them while something is written, and again: no bit changes."""
 
 import subprocess
 import sys

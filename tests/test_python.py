@@ -273,3 +273,17 @@ def test_a_few_lines_are_enough(tmp_path):
     )
     hf_mim.MIMTrainer(model=model, args=args, train_dataset=folder).train()
     assert load_file(tmp_path / "mine" / "checkpoint-2" / "model.safetensors")
+
+
+def test_a_data_set_that_draws_by_chance_is_the_same_run():
+    class Noise(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return torch.rand(3, 16, 16)
+
+    assert len({open_images(Noise(), 3).content_fingerprint() for _ in range(3)}) == 1
+    lists = [[np.full((4, 4, 3), value, dtype=np.uint8)] * 3 for value in (0, 0, 1)]
+    first, same, other = (open_images(images, 3).content_fingerprint() for images in lists)
+    assert first == same != other

@@ -69,6 +69,8 @@ class _ImageOfEach:
 
     def __init__(self, data, key: str | None):
         self.data = data
+        # A user's data set may crop by chance: what it gives once tells nothing of what it gives next.
+        self.is_stored = isinstance(data, list | tuple)
         first = data[0]
         self.place: int | str | None = None
         if isinstance(first, Mapping) and not ({"bytes", "path"} & set(first) and len(first) <= 2):
