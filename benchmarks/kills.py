@@ -92,7 +92,7 @@ def kill(number: int, out: Path, seconds: float, *, in_save: bool) -> bool:
     time.sleep(seconds)
     if os.waitpid(number, os.WNOHANG)[0]:
         return False
-    os.killpg(number, signal.SIGKILL)
+    os.kill(number, signal.SIGKILL)
     os.waitpid(number, 0)
     return True
 
