@@ -22,6 +22,8 @@ import hf_mim
 from golden import Golden, block_grad_norms
 from hf_mim import DBOTConfig, DBOTForPreTraining
 from hf_mim.models.dbot.convert_dbot import original_config
+from hf_mim.training.building import build_classifier, build_classifier_config
+from hf_mim.training.command import ClassifierArguments
 from tiny import tiny_batch, tiny_config, tiny_model
 
 
@@ -302,6 +304,16 @@ class TestConfig:
         assert rates(model.encoder.layers) == pytest.approx([0.0, 0.2, 0.4])
         assert rates(model.decoder.layers) == pytest.approx([0.0, 0.4])
         assert rates(model.teacher.network.layers) == [0.0] * 3
+
+    @pytest.mark.parametrize("rate", [0.0, 0.1, 0.2])
+    def test_fine_tuning_has_the_stochastic_depth_that_it_asks_for(self, rate, tmp_path):
+        """Also where it is that of pretraining, which a classifier does not take over."""
+        tiny_model("dbot", "ForPreTraining", drop_path_rate=0.2).save_pretrained(tmp_path)
+        args = ClassifierArguments(model_name_or_path=str(tmp_path), drop_path_rate=rate)
+        config = build_classifier_config(args, None, None)
+        model = build_classifier(args, config)
+        assert model.config.drop_path_rate == rate
+        assert getattr(model.encoder.layers[-1].drop_path, "p", 0.0) == rate
 
     def test_teacher_is_kept_as_a_dict(self):
         config = DBOTConfig(teacher_config=ViTConfig(hidden_size=384, num_attention_heads=6))
