@@ -5,6 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from hf_mim import PiLaMIMForPreTraining
 from hf_mim.models.vit.averaging import average_weights
 from tiny import tiny_batch, tiny_model
 
@@ -81,3 +82,12 @@ def test_checkpoints_of_16_bits_come_back_with_a_target_that_moves(tmp_path):
     moved = loaded.target_encoder.layernorm.weight - before
     expected = (1 - loaded.config.ema_momentum) * (loaded.encoder.layernorm.weight.float() - before)
     torch.testing.assert_close(moved, expected, rtol=1e-2, atol=0)
+
+
+def test_a_model_built_in_16_bits_has_a_target_that_moves():
+    config = tiny_model("pilamim", "ForPreTraining").config
+    model = PiLaMIMForPreTraining._from_config(config, dtype=torch.bfloat16)
+    assert {weight.dtype for weight in model.encoder.parameters()} == {torch.bfloat16}
+    assert {weight.dtype for weight in model.target_encoder.parameters()} == {torch.float32}
+    assert torch.equal(model.target_encoder.embeddings.cls_token, model.encoder.embeddings.cls_token.float())
+    model.after_optimizer_step(0, 10)

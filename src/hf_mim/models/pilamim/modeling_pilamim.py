@@ -74,7 +74,8 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
         super().__init__(config)
         patch_height, patch_width = as_pair(config.patch_size)
         self.encoder = PiLaMIMModel(config)
-        self.target_encoder = PiLaMIMModel(config)
+        # Not of 16 bits, whatever the rest is built in.
+        self.target_encoder = PiLaMIMModel(config).to(torch.promote_types(self.encoder.dtype, torch.float32))
         self.pixel_decoder = MaskedViTDecoder(config, patch_height * patch_width * config.num_channels)
         self.latent_decoder = MaskedViTDecoder(config, config.hidden_size)
         self.post_init()
