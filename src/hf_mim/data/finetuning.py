@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from timm.data.auto_augment import rand_augment_transform
+from PIL import Image
+from timm.data.auto_augment import posterize, rand_augment_transform
 from timm.data.mixup import Mixup, mixup_target
 from timm.data.random_erasing import RandomErasing
 from torch.utils.data import default_collate
@@ -84,11 +85,20 @@ def build_rand_augment(policy: str, image_size: tuple[int, int], mean):
     # Of the crop, as timm has it for training.
     settings = {"translate_const": int(0.45 * min(image_size)), "img_mean": fill if len(fill) == 3 else fill[0]}
     try:
-        return rand_augment_transform(policy, settings)
+        augment = rand_augment_transform(policy, settings)
     except (AssertionError, ValueError, IndexError, KeyError) as error:
         raise ValueError(
             f"--auto_augment {policy}: timm does not understand it. Expected e.g. rand-m9-mstd0.5-inc1, or none."
         ) from error
+    for operation in augment.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return augment
+
+
+def _posterize(image, bits: int, **kwargs):
+    """As timm's, which may ask for no bits at all: black, as Pillow gave before it refused that (from 13)."""
+    return posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class LabelledDataset(PretrainingDataset):
