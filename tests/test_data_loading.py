@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import struct
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -166,6 +167,153 @@ def test_what_is_held_out_never_changes(tmp_path):
 
 def vars_of(splits):
     return splits.train, splits.validation
+
+
+# --- splits
+
+
+@pytest.mark.parametrize(
+    ("folders", "train", "held_out"),
+    [
+        (("train", "val"), "train", "val"),
+        (("Training", "TEST"), "Training", "TEST"),
+        (("train", "test", "dev"), "train", "dev"),
+        (("train", "valid", "test"), "train", "valid"),
+        (("images/train", "images/validation"), "images/train", "images/validation"),
+    ],
+)
+def test_split_names_are_splits(tmp_path, folders, train, held_out):
+    for number, name in enumerate(folders):
+        make_folder(tmp_path / name, num=number + 1)
+    (tmp_path / "README.md").write_text("x") if "/" not in train else None
+    splits = load_pictures(args(train_dir=tmp_path))
+    assert splits.train.source == str(tmp_path / train) and splits.validation.source == str(tmp_path / held_out)
+    assert splits.train.label_names == splits.validation.label_names == {"label": ["a", "b"]}
+    beside = load_pictures(args(train_dir=tmp_path / train))
+    assert (beside.train.source, beside.validation.source) == (splits.train.source, splits.validation.source)
+    asked = load_pictures(args(train_dir=tmp_path, train_split=Path(held_out).name, validation_split="train"))
+    assert (asked.train.source, asked.validation.source) == (splits.validation.source, splits.train.source)
+
+
+def test_one_split_alone(tmp_path):
+    make_folder(tmp_path / "train" / "train")
+    splits = load_pictures(args(train_dir=tmp_path / "train"))
+    assert splits.train.labels["label"].tolist() and len(splits.train) + len(splits.validation) == 6
+    make_folder(tmp_path / "b" / "test")
+    with pytest.raises(
+        ValueError, match="--train_split train: .*b has the splits test. To train .* --train_split test"
+    ):
+        load_pictures(args(train_dir=tmp_path / "b"))
+    assert len(load_pictures(args(train_dir=tmp_path / "b", train_split="test")).train) == 5
+    with pytest.raises(ValueError, match="--validation_split val: .* has the splits train"):
+        load_pictures(args(train_dir=tmp_path / "train", validation_split="val"))
+
+
+def test_classes_that_are_named_as_splits(tmp_path):
+    make_folder(tmp_path / "one", classes=("cat", "test", "train"), num=2)
+    with pytest.raises(ValueError, match=r"holds test, train and also cat: are these splits or classes\? .*one/train"):
+        load_pictures(args(train_dir=tmp_path / "one"))
+    make_folder(tmp_path / "two", classes=("cat", "train"), num=2)
+    assert load_pictures(args(train_dir=tmp_path / "two")).train.label_names == {"label": ["cat", "train"]}
+
+
+def test_splits_of_both_folders(tmp_path):
+    for name in ("a/train", "a/val", "b/test", "c"):
+        make_folder(tmp_path / name)
+    for folder, source in (("b", "b/test"), ("c", "c")):
+        splits = load_pictures(args(train_dir=tmp_path / "a", validation_dir=tmp_path / folder))
+        assert splits.train.source == str(tmp_path / "a/train")
+        assert splits.validation.source == str(tmp_path / source)
+
+
+def test_splits_of_idx_files(tmp_path):
+    arrays = make_idx(tmp_path)
+    write_idx(tmp_path / "validation-images-idx3-ubyte", np.zeros((3, 5, 6), dtype=np.uint8))
+    assert len(load_pictures(args(train_dir=tmp_path)).validation) == 3
+    splits = load_pictures(args(train_dir=tmp_path, train_split="test"))
+    assert np.array_equal(splits.train[0][0], arrays["t10k"][0])
+    for name in ("train-images-idx3-ubyte", "validation-images-idx3-ubyte"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match="has the splits test. To train on it: --train_split test"):
+        load_pictures(args(train_dir=tmp_path))
+
+
+def test_splits_of_datasets_in_any_case(tmp_path):
+    from datasets import DatasetDict
+
+    DatasetDict({"Training": make_dataset(6), "Dev": make_dataset(3)}).save_to_disk(tmp_path / "a")
+    splits = load_pictures(args(dataset_name=tmp_path / "a"))
+    assert (len(splits.train), len(splits.validation)) == (6, 3)
+
+
+def test_torchvision_image_folder_of_splits(tmp_path):
+    for name in ("train", "val"):
+        make_folder(tmp_path / name)
+    with pytest.raises(ValueError, match=r"holds splits \(train, val\), not classes: --train_dir"):
+        load_pictures(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path))
+
+
+# --- what a folder holds
+
+
+@pytest.mark.parametrize("flag", ["train_dir", "dataset_name"])
+def test_archives_are_refused_with_the_remedy(tmp_path, flag):
+    for ending, remedy in ((".zip", "unzip"), (".tar", "tar xf"), (".tar.gz", "tar xf")):
+        path = tmp_path / f"x{ending}"
+        path.write_bytes(b"")
+        with pytest.raises(
+            ValueError, match=f"--{flag} .*x{ending}: .*Unpack it once .*{remedy}.*--train_dir .*/x[.]$"
+        ):
+            load_pictures(args(**{flag: path}))
+
+
+def test_other_endings_are_counted_and_said(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_mim.data.sources.logger.warning", said.append)
+    for n in range(2):
+        colour(n).save(tmp_path / f"{n}.jfif", format="JPEG")
+        (tmp_path / f"{n}.HEIC").write_bytes(b"x")
+    (tmp_path / "LICENSE").write_text("x")
+    assert find_pictures(tmp_path) == ["0.jfif", "1.jfif"]
+    assert said == [f"{tmp_path}: files left out for their endings: 2 .heic, 1 no ending."]
+    for path in tmp_path.glob("*.jfif"):
+        path.unlink()
+    with pytest.raises(ValueError, match="holds no picture. It holds files that end in 2 .heic, 1 no ending"):
+        find_pictures(tmp_path)
+
+
+def test_order_of_a_folder(tmp_path):
+    for name in ("b/x.png", "b.png", "a/b/c.png", "a/b.png", "a.b/c.png", "a-b.png", "Z.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "b" / "up").symlink_to(tmp_path)
+    (tmp_path / "linked").symlink_to(tmp_path / "a")  # once is enough
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    found = find_pictures(tmp_path)
+    assert found == sorted(found, key=lambda path: Path(path).parts)
+    assert set(found) == {
+        "b/x.png", "b.png", "a/b/c.png", "a/b.png", "a.b/c.png", "a-b.png", "Z.png", "gone.png",
+    }  # fmt: skip
+
+
+def test_listing_costs_about_a_scan(tmp_path):
+    for c in range(20):
+        (tmp_path / str(c)).mkdir()
+        for n in range(500):
+            (tmp_path / str(c) / f"{n}.png").touch()
+
+    def scan(folder):
+        return sum(scan(entry.path) if entry.is_dir() else 1 for entry in os.scandir(folder))
+
+    def shortest(work):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            work(tmp_path)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    assert shortest(find_pictures) < 8 * shortest(scan)
 
 
 @pytest.mark.parametrize(
@@ -356,6 +504,119 @@ def test_rows_without_a_label(tmp_path):
     splits = load_pictures(args(dataset_name=tmp_path / "a", label_column_names=["n", "shape"]))
     labels = splits.train.labels
     assert [(n, s) for n, s in zip(labels["n"], labels["shape"], strict=True) if s < 0] == [(2, -1)]
+
+
+def test_missing_pictures_are_broken_and_missing_labels_are_none(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, Image, Value
+
+    names = ["cat", None, "dog", "cat"]
+    data = Dataset.from_dict(
+        {
+            "image": [colour(0), None, colour(2), colour(3)],
+            "name": names,
+            "number": [0.5, None, float("nan"), 1.5],
+            "shape": [1, None, 0, -1],
+        },
+        features=Features(
+            {
+                "image": Image(),
+                "name": Value("string"),
+                "number": Value("float32"),
+                "shape": ClassLabel(names=["a", "b"]),
+            }
+        ),
+    )
+    data.to_parquet(tmp_path / "train.parquet")
+    labels = ["name", "number", "shape"]
+    flags = {"dataset_name": tmp_path / "train.parquet"}
+    (tmp_path / "both").mkdir()
+    for split in ("train", "test"):
+        data.to_parquet(tmp_path / "both" / f"{split}.parquet")
+    pictures = load_pictures(args(dataset_name=tmp_path / "both", label_column_names=labels)).validation
+    assert pictures.labels["name"].tolist() == [0, -1, 1, 0] and pictures.label_names["name"] == ["cat", "dog"]
+    assert pictures.labels["number"].tolist() == [0, -1, -1, 1]
+    assert pictures.labels["shape"].tolist() == [1, -1, 0, -1]
+    with pytest.raises(BrokenPictureError, match=r"row 1 of .*both \(test\): the picture is missing \(None\)"):
+        pictures[1]
+    assert len(without_broken(pictures)) == 3 and pictures.content_fingerprint()
+    flags |= {"streaming": True, "max_eval_samples": 2, "skip_broken_images": True}
+    splits = load_pictures(args(**flags))
+    assert splits.validation.labels["shape"].tolist() == [1, -1]
+    assert len(without_broken(splits.validation)) == 1 and len(list(splits.train)) == 2
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_missing_arrays(tmp_path, streaming):
+    from datasets import Dataset, Features, List, Value
+
+    array = np.ones((4, 4, 5), dtype=np.uint8).tolist()
+    features = Features({"bands": List(List(List(Value("uint8"))))})
+    Dataset.from_dict({"bands": [array, None, None, array]}, features=features).to_parquet(tmp_path / "a.parquet")
+    flags = {"image_column_name": "bands", "num_channels": 5, "max_eval_samples": 2, "skip_broken_images": True}
+    splits = load_pictures(args(dataset_name=tmp_path / "a.parquet", streaming=streaming, **flags))
+    if streaming:
+        assert len(list(splits.train)) == 1 and len(without_broken(splits.validation)) == 1
+    else:
+        assert len(without_broken(splits.train)) + len(without_broken(splits.validation)) == 2
+
+
+def test_missing_picture_of_torchvision():
+    from hf_mim.data.hub_sources import _FirstOfEach
+
+    pictures = PictureDataset(_FirstOfEach([(None, 1), (colour(1), 0)]), 3, source="x")
+    assert len(without_broken(pictures)) == 1
+
+
+# --- multi-label
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers", "names", "bits", "bools"])
+def test_multi_label_columns(tmp_path, kind):
+    from datasets import ClassLabel, Dataset, Features, Image, List, Value
+
+    values, feature, names = {
+        "classes": ([[0, 2], [], None, [1]], List(ClassLabel(names=["a", "b", "c"])), ["a", "b", "c"]),
+        "numbers": ([[3, 9], [], None, [5]], List(Value("int32")), ["3", "5", "9"]),
+        "names": ([["a", "c"], [], None, ["b"]], List(Value("string")), ["a", "b", "c"]),
+        "bits": ([[1, 0, 1], [0, 0, 0], None, [0, 1, 0]], List(Value("int64")), ["0", "1", "2"]),
+        "bools": (
+            [[True, False, True], [False] * 3, None, [False, True, False]],
+            List(Value("bool")),
+            ["0", "1", "2"],
+        ),
+    }[kind]
+    data = Dataset.from_dict(
+        {"image": [colour(n) for n in range(4)], "tags": values},
+        features=Features({"image": Image(), "tags": feature}),
+    )
+    (tmp_path / "a").mkdir()
+    for split in ("train", "test"):
+        data.to_parquet(tmp_path / "a" / f"{split}.parquet")
+    wanted = None if kind == "classes" else ["tags"]
+    for streaming in (False, True) if kind == "classes" else (False,):
+        splits = load_pictures(args(dataset_name=tmp_path / "a", label_column_names=wanted, streaming=streaming))
+        pictures = splits.validation
+        assert pictures.multi_label("tags") and pictures.label_names == {"tags": names}
+        assert pictures.labels["tags"].dtype == np.int8
+        assert pictures.labels["tags"].tolist() == [[1, 0, 1], [0, 0, 0], [-1] * 3, [0, 1, 0]]
+        assert pictures.select([3, 0]).labels["tags"].tolist() == [[0, 1, 0], [1, 0, 1]]
+
+
+def test_labels_of_other_types_are_refused(tmp_path):
+    from datasets import Dataset
+
+    data = make_dataset(4)
+    Dataset.from_dict({"image": data["image"][:], "box": [{"x": 1}] * 4}).cast_column(
+        "image", data.features["image"]
+    ).save_to_disk(tmp_path / "a")
+    with pytest.raises(ValueError, match="--label_column_names box: .* expected classes"):
+        load_pictures(args(dataset_name=tmp_path / "a", label_column_names=["box"]))
+
+
+def test_true_causes_are_said(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match="a.parquet could not be loaded: .*Parquet magic bytes"):
+        load_pictures(args(dataset_name=tmp_path / "a.parquet"))
 
 
 def test_one_parquet_file(tmp_path):

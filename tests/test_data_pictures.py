@@ -284,3 +284,37 @@ def test_the_error_survives_pickling_and_a_worker():
 def test_no_bytes_raise_anything_else(data, magic):
     with pytest.raises(ValueError):
         read_picture(magic + data + b"\x01")
+
+
+# --- what is too large, missing, or of another kind
+
+
+def test_pixel_limit(tmp_path):
+    path = tmp_path / "large.png"
+    Image.new("L", (300, 200)).save(path)
+    message = "large.png: 300 x 200 are 60000 pixels, .* more than 59999 .*--max_image_pixels 60000"
+    with pytest.raises(BrokenPictureError, match=message):
+        read_picture(str(path), max_image_pixels=59999)
+    assert read_picture(str(path), max_image_pixels=60000).shape == (3, 200, 300)
+
+
+def test_our_limit_stands_for_that_of_pillow(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    path = tmp_path / "a.png"
+    Image.new("L", (30, 20)).save(path)
+    assert read_picture(str(path)).shape == (3, 20, 30)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setattr("hf_mim.data.pictures.MAX_IMAGE_PIXELS", 599)
+    with pytest.raises(BrokenPictureError, match="600 pixels"):
+        read_picture(str(path))
+
+
+@pytest.mark.parametrize("value", [None, {"bytes": None, "path": None}])
+def test_no_picture(value):
+    with pytest.raises(BrokenPictureError, match=r"row 3: the picture is missing \(None\)"):
+        read_picture(value, name="row 3")
+
+
+def test_formats_that_are_known_and_not_read():
+    with pytest.raises(BrokenPictureError, match="a HEIC picture, which PIL cannot read: convert it"):
+        read_picture(b"\0\0\0\x18ftypheic" + bytes(40))

@@ -20,7 +20,10 @@ class DataArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the data set."})
     train_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder of pictures, with or without a sub-folder per class, of idx files, or CLEVR_v1.0."},
+        metadata={
+            "help": "Folder of pictures, with or without a sub-folder per class, of idx files, or CLEVR_v1.0. It may "
+            "hold splits (train, val, test, ...), or be one of them: the others beside it are found."
+        },
     )
     validation_dir: str | None = field(default=None, metadata={"help": "The same for the held-out pictures."})
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
@@ -41,7 +44,8 @@ class DataArguments:
         default=None, metadata={"help": "Column of the pictures. Default: the only one of type Image, or of arrays."}
     )
     label_column_names: list[str] | None = field(
-        default=None, metadata={"help": "Columns of labels, for evaluating features. Default: every ClassLabel."}
+        default=None,
+        metadata={"help": "Columns of labels, or of lists of them. Default: every ClassLabel, and list of them."},
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use so many training pictures, by chance."})
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use so many held-out pictures, by chance."})
@@ -71,6 +75,10 @@ class DataArguments:
     skip_broken_images: bool = field(
         default=False, metadata={"help": "Leave out pictures that cannot be read, and count them."}
     )
+    max_image_pixels: int | None = field(
+        default=None,
+        metadata={"help": "Do not decode pictures of more pixels (height x width). Default: 178956970, as Pillow."},
+    )
     data_cache_dir: str | None = field(default=None, metadata={"help": "Where `datasets` keeps what it prepares."})
 
     def __post_init__(self):
@@ -88,7 +96,7 @@ class DataArguments:
             self.crop_scale_min = 0.8 if self.dataset_name is None and self.train_dir is None else 0.2
         if not 0 < self.crop_scale_min <= 1:
             raise ValueError(f"--crop_scale_min must be above 0 and at most 1, got {self.crop_scale_min}.")
-        for flag in ("max_train_samples", "max_eval_samples"):
+        for flag in ("max_train_samples", "max_eval_samples", "max_image_pixels"):
             if getattr(self, flag) is not None and getattr(self, flag) < 1:
                 raise ValueError(f"--{flag} must be at least 1, got {getattr(self, flag)}.")
         if self.streaming and (self.dataset_name is None or self.dataset_name.startswith(TORCHVISION_PREFIX)):

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import math
 import os
 from pathlib import Path
 
@@ -10,9 +11,8 @@ import numpy as np
 from .arguments import TORCHVISION_PREFIX
 from .clevr import with_clevr_tasks
 from .pictures import BrokenPictureError
-from .sources import PictureDataset, PictureStream, check_folder
-
-VALIDATION_SPLITS = ("validation", "valid", "val", "test")
+from .sources import PictureDataset, PictureStream, check_folder, label_numbers, refuse_archive
+from .splits import HELD_OUT, is_split
 
 
 def load_splits(name: str, config_name: str | None, *, streaming: bool, cache_dir: str | None) -> dict:
@@ -23,6 +23,7 @@ def load_splits(name: str, config_name: str | None, *, streaming: bool, cache_di
     """
     import datasets
 
+    refuse_archive("--dataset_name", name)
     path = Path(os.path.expanduser(name))
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if saved and streaming:
@@ -38,11 +39,22 @@ def load_splits(name: str, config_name: str | None, *, streaming: bool, cache_di
             loaded = datasets.load_dataset(local, config_name, streaming=streaming, cache_dir=cache_dir)
     except (OSError, ValueError, IndexError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(
-            f"--dataset_name {name} could not be loaded: {error} Expected a data set of the Hub, a folder that "
-            "save_to_disk wrote, or a folder or file of parquet, arrow or pictures. (A folder of pictures alone is "
-            "--train_dir.)"
+            f"--dataset_name {name} could not be loaded: {_with_causes(error)} Expected a data set of the Hub, a "
+            "folder that save_to_disk wrote, or a folder or file of parquet, arrow or pictures. (A folder of pictures "
+            "alone is --train_dir.)"
         ) from error
     return dict(loaded) if isinstance(loaded, dict) else {"train": loaded}
+
+
+def _with_causes(error: BaseException) -> str:
+    """The messages of an error and of those that led to it, the true cause last."""
+    messages = []
+    while error is not None:
+        text = " ".join(str(error).split()) or type(error).__name__
+        if not any(text in message for message in messages):
+            messages.append(text)
+        error = error.__cause__ or error.__context__
+    return " Cause: ".join(messages)
 
 
 def find_image_column(features, wanted: str | None, source: str) -> str:
@@ -81,24 +93,27 @@ def from_datasets(
 ) -> dict[str, PictureDataset]:
     """Splits of a `datasets.DatasetDict` as pictures, by name.
 
-    Labels are the columns of type `ClassLabel`, or `label_columns`. The classes of a column of any other type are the
-    values that occur in it, in any of the splits, in order. CLEVR's annotations become the labels count and distance.
+    Labels are the columns of type `ClassLabel` and of lists of them, or `label_columns`. The classes of a column of
+    any other type are the values that occur in it, in any of the splits, in order. A column of lists, of classes or of
+    a 0 or 1 for each class, is a multi-label one. CLEVR's annotations become the labels count and distance.
     """
     splits = {name: with_clevr_tasks(split) for name, split in splits.items()}
-    columns, labels = {}, {}
+    columns, labels, classes = {}, {name: {} for name in splits}, {}
+    with_label: dict[str, dict] = {}
     for name, split in splits.items():
         columns[name] = find_image_column(split.features, image_column, f"{source} ({name})")
-        labels[name] = _find_label_columns(split.features, label_columns, f"{source} ({name})")
-    classes = {
-        key: _find_classes(key, [splits[name] for name in splits if key in labels[name]])
-        for key in {key for keys in labels.values() for key in keys}
-    }
+        for key in _find_label_columns(split.features, label_columns, f"{source} ({name})"):
+            with_label.setdefault(key, {})[name] = split.select_columns([key])
+    for key, having in with_label.items():
+        classes[key], numbers = _read_labels(having)
+        for name, column in numbers.items():
+            labels[name][key] = column
     return {
         name: PictureDataset(
             _Column(_undecoded(split, columns[name]), columns[name]),
             num_channels,
             source=f"{source} ({name})",
-            labels={key: _label_numbers(split, key, classes[key]) for key in labels[name]},
+            labels=labels[name],
             label_names={key: classes[key] for key in labels[name]},
         )
         for name, split in splits.items()
@@ -113,18 +128,20 @@ def from_stream(
     image_column: str | None = None,
     label_columns: list[str] | None = None,
     skip_broken: bool = False,
+    max_image_pixels: int | None = None,
 ) -> PictureStream:
-    """A `datasets.IterableDataset` as pictures. Its labels are columns of type `ClassLabel`: of others, the classes
-    would be known only at the stream's end."""
+    """A `datasets.IterableDataset` as pictures. Its labels are columns of type `ClassLabel`, or of lists of them: of
+    others, the classes would be known only at the stream's end."""
     features = split.features
     if features is None:  # files that do not say their types
         features = dict.fromkeys(next(iter(split), {}))
     column = find_image_column(features, image_column, source)
     label_names = {}
     for key in _find_label_columns(features, label_columns, source):
-        if not hasattr(features[key], "names"):
+        feature = _of_list(features[key])
+        if not hasattr(feature, "names"):
             raise ValueError(f"--label_column_names {key}: with --streaming it must be a ClassLabel ({source}).")
-        label_names[key] = features[key].names
+        label_names[key] = feature.names
     return PictureStream(
         _undecoded(split, column),
         column,
@@ -133,6 +150,7 @@ def from_stream(
         source=source,
         label_names=label_names,
         skip_broken=skip_broken,
+        max_image_pixels=max_image_pixels,
     )
 
 
@@ -159,29 +177,70 @@ def _find_label_columns(features, wanted: list[str] | None, source: str) -> list
     import datasets
 
     if wanted is None:
-        return [key for key, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+        return [key for key, feature in features.items() if isinstance(_of_list(feature), datasets.ClassLabel)]
     for key in wanted:
         if key not in features:
             raise ValueError(
                 f"--label_column_names {key}: {source} has no such column. It has: {', '.join(features)}."
             )
+        if not isinstance(_of_list(features[key]), datasets.ClassLabel | datasets.Value):
+            raise ValueError(
+                f"--label_column_names {key}: {source} has {type(features[key]).__name__} there, expected classes "
+                "(numbers or names), or lists of them."
+            )
     return wanted
 
 
-def _find_classes(key: str, splits: list) -> list[str]:
-    names = getattr(splits[0].features[key], "names", None)
-    if names is not None:
-        return names
-    values = {value for split in splits for value in split.unique(key)}
-    return [str(value) for value in sorted(values)]
+def _of_list(feature):
+    """What a column of lists is of; the column's own type, where it is none of lists."""
+    import datasets
+
+    return feature.feature if isinstance(feature, datasets.List) else feature
 
 
-def _label_numbers(split, key: str, names: list[str]) -> np.ndarray:
-    values = split.select_columns([key])[:][key]
-    if hasattr(split.features[key], "names"):
-        return np.array([-1 if value is None else value for value in values], dtype=np.int64)
-    numbers = {name: number for number, name in enumerate(names)}
-    return np.array([numbers[str(value)] for value in values], dtype=np.int64)
+def _read_labels(splits: dict) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of the classes of a column, and by split its labels.
+
+    Args:
+        splits: by name, `datasets.Dataset`s of this one column.
+    """
+    (key,) = next(iter(splits.values())).column_names
+    feature = _of_list(next(iter(splits.values())).features[key])
+    # NaN is how tables write a missing number.
+    columns = {name: [_or_none(value) for value in split[:][key]] for name, split in splits.items()}
+    if hasattr(feature, "names"):
+        return feature.names, {name: label_numbers(values, feature.names) for name, values in columns.items()}
+    rows = [value for values in columns.values() for value in values if value is not None]
+    if rows and isinstance(rows[0], list):
+        if _is_multi_hot(rows):
+            names = [str(number) for number in range(len(rows[0]))]
+            missing = [-1] * len(names)
+            return names, {
+                name: np.array([missing if value is None else value for value in values], dtype=np.int8)
+                for name, values in columns.items()
+            }
+        found = sorted({entry for row in rows for entry in row if entry is not None})
+    else:
+        found = sorted(set(rows))
+    numbers = {value: number for number, value in enumerate(found)}
+    numbers[None] = None
+    numbered = {
+        name: [[numbers[entry] for entry in value] if isinstance(value, list) else numbers[value] for value in values]
+        for name, values in columns.items()
+    }
+    names = [str(value) for value in found]
+    return names, {name: label_numbers(values, names) for name, values in numbered.items()}
+
+
+def _or_none(value):
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _is_multi_hot(rows: list[list]) -> bool:
+    """Whether lists say yes or no of each class (as [0, 1, 1, 0]), and do not name classes, which none does twice."""
+    if len({len(row) for row in rows}) != 1 or any(entry not in (0, 1) for row in rows for entry in row):
+        return False
+    return any(isinstance(entry, bool) for entry in rows[0]) or any(len(set(row)) < len(row) for row in rows)
 
 
 class _Column:
@@ -242,7 +301,7 @@ def from_torchvision(
         train, *others = ({"train": splits[split]} for split in (train_split, validation_split))
     else:
         train = {key: train_split}
-        others = [{key: split} for split in ([validation_split] if validation_split else VALIDATION_SPLITS)]
+        others = [{key: split} for split in ([validation_split] if validation_split else HELD_OUT)]
     pictures = _torchvision_split(dataset_class, name, root, train, num_channels)
     for number, other in enumerate(others):
         try:
@@ -273,6 +332,8 @@ def _torchvision_split(dataset_class, name: str, root: str, which: dict, num_cha
     if column is None or column.shape != (len(dataset),) or column.dtype.kind not in "iu":
         column = None
     names = getattr(dataset, "classes", None)
+    if dataset_class.__name__ == "ImageFolder" and names and all(map(is_split, names)):
+        raise ValueError(f"{name}: {root} holds splits ({', '.join(names)}), not classes: --train_dir {root} alone.")
     if column is not None and (names is None or len(names) <= column.max(initial=-1)):
         names = [str(number) for number in range(column.max(initial=-1) + 1)]
     where = f"{name} {' '.join(str(value) for value in which.values())}".strip()
@@ -295,8 +356,15 @@ class _FirstOfEach:
         return len(self.dataset)
 
     def __getitem__(self, index: int):
+        from PIL import Image
+
+        name = f"picture {index} of {type(self.dataset).__name__}"
         try:
             item = self.dataset[index]
         except (OSError, SyntaxError) as error:  # what PIL raises of a damaged file
-            raise BrokenPictureError(f"picture {index} of {type(self.dataset).__name__}: {error}") from error
+            raise BrokenPictureError(f"{name}: {error}") from error
+        except Image.DecompressionBombError as error:
+            raise BrokenPictureError(
+                f"{name}: {error} torchvision's data sets do not take --max_image_pixels: use --train_dir."
+            ) from error
         return item[0] if isinstance(item, tuple) else item

@@ -7,12 +7,16 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.utils import logging
 
 from .arguments import AUTO, TORCHVISION_PREFIX, DataArguments
 from .clevr import from_clevr, is_clevr
-from .hub_sources import VALIDATION_SPLITS, from_datasets, from_stream, from_torchvision, load_splits
+from .hub_sources import from_datasets, from_stream, from_torchvision, load_splits
 from .pictures import BrokenPictureError
-from .sources import PictureDataset, PictureStream, check_folder, from_folder, from_idx, has_idx_files
+from .sources import UNNAMED, PictureDataset, PictureStream, check_folder, from_folder, from_idx, has_idx_files
+from .splits import HELD_OUT, TRAINING, choose_splits, find_split, folder_splits, sibling_split
+
+logger = logging.get_logger(__name__)
 
 _DEFAULT_SCENES = {"train": 12000, "validation": 2000}
 _SCENE_SIZE = 64
@@ -62,8 +66,10 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
     if isinstance(train, PictureStream):
         return PictureSplits(train, validation)
     for split in (train, validation):
-        if split is not None and args.label_column_names is not None:
-            split.keep_labels(args.label_column_names)
+        if split is not None:
+            split.max_image_pixels = args.max_image_pixels
+            if args.label_column_names is not None:
+                split.keep_labels(args.label_column_names)
     if len(train) == 0:
         raise ValueError(f"{train.source} is empty: there is nothing to train on.")
     if validation is None:
@@ -115,25 +121,44 @@ def _load_folders(args: DataArguments):
     roots = [check_folder(path) for path in (args.train_dir, args.validation_dir) if path]
     if is_clevr(roots[0]):
         return from_clevr(roots[0], args.num_channels)
-    if not has_idx_files(roots[0]):
-        train, *validation = from_folder(roots, args.num_channels)
-        return train, validation[0] if validation else None
-    found = [from_idx(root, args.num_channels) for root in roots]
-    train = found[0]["train" if "train" in found[0] else "test"]
-    if len(found) == 2:
-        return train, found[1]["test" if "test" in found[1] else "train"]
-    return train, found[0].get("test") if "train" in found[0] else None
+    if has_idx_files(roots[0]):
+        train, held_out = _choose_idx(roots[0], args)
+        return train, _choose_idx(roots[1], args, held_out=True) if len(roots) == 2 else held_out
+    train, held_out = _choose_folders(roots[0], args)
+    if len(roots) == 2:
+        splits = folder_splits(roots[1])
+        held_out = (
+            roots[1] if splits is None else splits[find_split(splits, args.validation_split, HELD_OUT + TRAINING)]
+        )
+    elif held_out is not None:
+        logger.warning(f"Training pictures are those of {train}; held out are those of {held_out}.")
+    train, *validation = from_folder([train] + [held_out] * (held_out is not None), args.num_channels)
+    return train, validation[0] if validation else None
+
+
+def _choose_folders(root: str, args: DataArguments) -> tuple[str, str | None]:
+    splits = folder_splits(root)
+    if splits is None:
+        return root, sibling_split(root, args.validation_split)
+    train, held_out = choose_splits(list(splits), root, args.train_split, args.validation_split)
+    return splits[train], None if held_out is None else splits[held_out]
+
+
+def _choose_idx(root: str, args: DataArguments, held_out: bool = False):
+    found = from_idx(root, args.num_channels)
+    if held_out:
+        return found[find_split(found, args.validation_split, HELD_OUT + TRAINING)]
+    if list(found) == [UNNAMED]:
+        return found[UNNAMED], None
+    train, validation = choose_splits(list(found), root, args.train_split, args.validation_split)
+    return found[train], None if validation is None else found[validation]
 
 
 def _load_dataset(args: DataArguments, seed: int):
     splits = load_splits(
         args.dataset_name, args.dataset_config_name, streaming=args.streaming, cache_dir=args.data_cache_dir
     )
-    for flag, split in (("--train_split", args.train_split), ("--validation_split", args.validation_split)):
-        if split is not None and split not in splits:
-            raise ValueError(f"{flag} {split}: {args.dataset_name} has the splits {', '.join(splits)}.")
-    candidates = [args.validation_split] if args.validation_split else VALIDATION_SPLITS
-    held_out = next((name for name in candidates if name in splits and name != args.train_split), None)
+    train_name, held_out = choose_splits(list(splits), args.dataset_name, args.train_split, args.validation_split)
     settings = {
         "num_channels": args.num_channels,
         "source": args.dataset_name,
@@ -141,11 +166,12 @@ def _load_dataset(args: DataArguments, seed: int):
         "label_columns": args.label_column_names,
     }
     if not args.streaming:
-        used = {name: splits[name] for name in (args.train_split, held_out) if name}
+        used = {name: splits[name] for name in (train_name, held_out) if name}
         pictures = from_datasets(used, **settings)
-        return pictures[args.train_split], pictures.get(held_out)
+        return pictures[train_name], pictures.get(held_out)
 
-    train = splits[args.train_split]
+    settings["max_image_pixels"] = args.max_image_pixels
+    train = splits[train_name]
     num_held_out = args.max_eval_samples or _STREAMED_VALIDATION
     if held_out:
         validation = splits[held_out]

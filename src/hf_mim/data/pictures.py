@@ -28,18 +28,22 @@ the number that a model sees, before mean and standard deviation, is value / 255
   the processor, so transparent pictures should be flattened before they are given to a pipeline.)
 """
 
+import contextlib
 import io
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
 
-# Read by PIL, besides .npy (numpy).
+# Read by PIL, besides .npy (numpy). AVIF: by those builds of PIL that can.
 PICTURE_EXTENSIONS = (
-    ".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
+    ".pbm", ".npy",
 )  # fmt: skip
+# Where PIL stops by default: a small file that unpacks to more is more often an attack than a picture.
+MAX_IMAGE_PIXELS = 178_956_970
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _NPY_MAGIC = b"\x93NUMPY"
@@ -47,14 +51,16 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class BrokenPictureError(ValueError):
-    """A picture that cannot be read: cut off, empty, missing, or not a picture at all.
+    """A picture that cannot be read: cut off, empty, missing, too large, or not a picture at all.
 
     Its message holds the file's name and the cause. The constructor takes one string, because a `DataLoader` raises a
     worker's exception anew in the main process as `type(error)(message)`.
     """
 
 
-def read_picture(value, num_channels: int = 3, *, name: str | None = None) -> torch.Tensor:
+def read_picture(
+    value, num_channels: int = 3, *, name: str | None = None, max_image_pixels: int | None = None
+) -> torch.Tensor:
     """Reads one picture by the rule at the top of this file.
 
     Args:
@@ -62,13 +68,16 @@ def read_picture(value, num_channels: int = 3, *, name: str | None = None) -> to
             `{"bytes": ..., "path": ...}` that a `datasets.Image(decode=False)` column gives.
         num_channels (`int`): channels of the result; 1 and 3 convert, any other number takes what has precisely that.
         name (`str`, *optional*): what to call the picture in an error; its path by default.
+        max_image_pixels (`int`, *optional*): height times width above which a file is not decoded;
+            `MAX_IMAGE_PIXELS` by default.
 
     Returns:
         `torch.Tensor` of shape `(num_channels, height, width)`: uint8 in 0..255, or float32. It may be a view whose
         memory is ordered (H, W, C), or one that repeats a channel: do not write into it.
 
     Raises:
-        BrokenPictureError: the picture cannot be read, or holds values that are not finite.
+        BrokenPictureError: there is no picture (None), it cannot be read, is larger than `max_image_pixels`, or holds
+            values that are not finite.
         ValueError: it can be read, but has other channels than asked for, or a type or a shape that is no picture's.
         ImportError: a multiband TIFF, and tifffile is not installed.
     """
@@ -78,13 +87,15 @@ def read_picture(value, num_channels: int = 3, *, name: str | None = None) -> to
         path = value.get("path")
         name = name or path
         value = value["bytes"] if value.get("bytes") is not None else path
+    if value is None:
+        raise BrokenPictureError(f"{name or 'picture'}: the picture is missing (None).")
     if isinstance(value, str | os.PathLike):
         name = name or os.fspath(value)
         value = _read_file(value, name)
     name = name or "picture"
 
     if isinstance(value, bytes | bytearray | memoryview):
-        value = _decode(bytes(value), num_channels, name)
+        value = _decode(bytes(value), num_channels, name, max_image_pixels)
     if isinstance(value, Image.Image):
         return _from_pil(value, num_channels, name)
     if isinstance(value, torch.Tensor):
@@ -110,7 +121,33 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
         raise BrokenPictureError(f"{name}: cannot be read: {error}") from error
 
 
-def _decode(data: bytes, num_channels: int, name: str):
+@contextlib.contextmanager
+def pixel_limit(name: str, limit: int | None = None) -> Iterator:
+    """Within, PIL's own limit is off; what is yielded has to be called with each picture before it is decoded.
+
+    Raises:
+        BrokenPictureError: by that call, with the picture's size and the way out.
+    """
+    from PIL import Image
+
+    limit = limit or MAX_IMAGE_PIXELS
+
+    def check(image) -> None:
+        width, height = image.size
+        if width * height > limit:
+            raise BrokenPictureError(
+                f"{name}: {width} x {height} are {width * height} pixels, and pictures of more than {limit} are not "
+                f"decoded. If you trust it: --max_image_pixels {width * height}."
+            )
+
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield check
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _decode(data: bytes, num_channels: int, name: str, max_image_pixels: int | None):
     """The bytes of a file to a loaded PIL image or an array."""
     from PIL import Image, UnidentifiedImageError
 
@@ -124,18 +161,29 @@ def _decode(data: bytes, num_channels: int, name: str):
             return np.load(io.BytesIO(data), allow_pickle=False)
         if is_tiff and num_channels not in (1, 3):
             return _decode_tiff(data)
-        try:
-            image = Image.open(io.BytesIO(data))
-        except UnidentifiedImageError:
-            if is_tiff:  # float or multiband: PIL does not know it
-                return _decode_tiff(data)
-            raise BrokenPictureError(f"{name}: not a picture in a format that can be read.") from None
-        image.load()
+        with pixel_limit(name, max_image_pixels) as check_size:
+            try:
+                image = Image.open(io.BytesIO(data))
+            except UnidentifiedImageError:
+                if is_tiff:  # float or multiband: PIL does not know it
+                    return _decode_tiff(data)
+                raise BrokenPictureError(f"{name}: {_unknown_format(data)}") from None
+            check_size(image)
+            image.load()
         return image
     except (BrokenPictureError, ImportError):
         raise
     except Exception as error:
         raise BrokenPictureError(f"{name}: broken or cut off: {type(error).__name__}: {error}") from error
+
+
+def _unknown_format(data: bytes) -> str:
+    brand = data[8:12] if data[4:8] == b"ftyp" else b""
+    if brand in (b"heic", b"heix", b"heif", b"mif1", b"msf1", b"hevc"):
+        return "a HEIC picture, which PIL cannot read: convert it to JPEG or PNG."
+    if brand in (b"avif", b"avis"):
+        return "an AVIF picture, which this build of PIL cannot read: pip install -U pillow, or convert it."
+    return "not a picture in a format that can be read."
 
 
 def _decode_tiff(data: bytes) -> np.ndarray:

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 import struct
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -20,6 +21,7 @@ logger = logging.get_logger(__name__)
 
 # Pictures that `content_fingerprint` looks into.
 _SAMPLED = 256
+_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 
 class PictureDataset(Dataset):
@@ -29,8 +31,11 @@ class PictureDataset(Dataset):
         values: what `read_picture` takes, by index.
         num_channels (`int`): of every picture.
         source (`str`): where the pictures are from, to name those that have no path.
-        labels: label name to integers of shape `(len(values),)`; -1 where there is none.
+        labels: label name to integers of shape `(len(values),)`, -1 where there is none; or, where a picture may have
+            several classes or none of them (multi-label), to zeros and ones of shape `(len(values), num_classes)`, a
+            row of -1 where it is not known.
         label_names: label name to the names of its classes.
+        max_image_pixels (`int`, *optional*): as in `read_picture`.
     """
 
     def __init__(
@@ -41,10 +46,12 @@ class PictureDataset(Dataset):
         source: str,
         labels: dict[str, np.ndarray] | None = None,
         label_names: dict[str, list[str]] | None = None,
+        max_image_pixels: int | None = None,
     ):
         self.num_channels = num_channels
         self.source = source
-        self.labels = {key: np.asarray(column, dtype=np.int64) for key, column in (labels or {}).items()}
+        self.max_image_pixels = max_image_pixels
+        self.labels = {key: _label_column(column) for key, column in (labels or {}).items()}
         self.label_names = label_names or {}
         self._values = values
         self._rows = np.arange(len(values))
@@ -53,12 +60,21 @@ class PictureDataset(Dataset):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        value = self._value(index)
-        return read_picture(value, self.num_channels, name=self._name(index, value))
+        value = self.stored(index)
+        name = self._name(index, value)
+        return read_picture(value, self.num_channels, name=name, max_image_pixels=self.max_image_pixels)
+
+    def stored(self, index: int):
+        """What `read_picture` is given: a path, the bytes of a file, an array, or None where there is no picture."""
+        return self._values[int(self._rows[index])]
+
+    def multi_label(self, name: str) -> bool:
+        """Whether a picture may have several classes of this label: `labels[name]` is then (N, num_classes)."""
+        return self.labels[name].ndim == 2
 
     def name(self, index: int) -> str:
         """The picture's file, or its row in the data set."""
-        return self._name(index, self._value(index))
+        return self._name(index, self.stored(index))
 
     def select(self, indices) -> "PictureDataset":
         """These pictures and their labels, in this order, sharing the memory of all."""
@@ -110,17 +126,19 @@ class PictureDataset(Dataset):
         for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).round().astype(np.int64)).tolist():
             # A broken picture counts as an empty one.
             with contextlib.suppress(OSError, BrokenPictureError):
-                digest.update(_stored_bytes(self._value(index)))
+                digest.update(_stored_bytes(self.stored(index)))
         return digest.hexdigest()
-
-    def _value(self, index: int):
-        return self._values[int(self._rows[index])]
 
     def _name(self, index: int, value) -> str:
         row = f"row {self._rows[index]} of {self.source}"
         if isinstance(value, dict) and value.get("path"):
             return f"{value['path']} ({row})"
         return value if isinstance(value, str) else row
+
+
+def _label_column(column) -> np.ndarray:
+    column = np.asarray(column)
+    return column.astype(np.int8 if column.ndim == 2 else np.int64)
 
 
 class PictureStream:
@@ -135,11 +153,23 @@ class PictureStream:
         num_channels (`int`): of every picture.
         source (`str`): where the pictures are from, to name those that have no path.
         dtype (`np.dtype`, *optional*): of the numbers, where rows hold arrays (as lists) and not files.
-        label_names: label name (a column of integers) to the names of its classes.
+        label_names: label name (a column of integers, or of lists of them) to the names of its classes.
         skip_broken (`bool`): leave out what cannot be read, and count it in `num_broken`.
+        max_image_pixels (`int`, *optional*): as in `read_picture`.
     """
 
-    def __init__(self, stream, column, num_channels, *, source, dtype=None, label_names=None, skip_broken=False):
+    def __init__(
+        self,
+        stream,
+        column,
+        num_channels,
+        *,
+        source,
+        dtype=None,
+        label_names=None,
+        skip_broken=False,
+        max_image_pixels=None,
+    ):
         self.stream = stream
         self.column = column
         self.num_channels = num_channels
@@ -147,6 +177,7 @@ class PictureStream:
         self.dtype = dtype
         self.label_names = label_names or {}
         self.skip_broken = skip_broken
+        self.max_image_pixels = max_image_pixels
         self._epoch = 0
         # A slot for each worker, in memory that they share, so that none overwrites another's count.
         self._num_broken = torch.zeros(1024, dtype=torch.int64).share_memory_()
@@ -174,7 +205,12 @@ class PictureStream:
         worker = get_worker_info()
         for row, example in enumerate(self.stream):
             try:
-                picture = read_picture(self._value(example), self.num_channels, name=self._name(row, example))
+                picture = read_picture(
+                    self._value(example),
+                    self.num_channels,
+                    name=self._name(row, example),
+                    max_image_pixels=self.max_image_pixels,
+                )
             except BrokenPictureError as error:
                 if not self.skip_broken:
                     raise
@@ -187,15 +223,22 @@ class PictureStream:
     def take(self, num: int) -> PictureDataset:
         """The first `num` pictures, as they are stored, and their labels, held in memory."""
         examples = list(self.stream.take(num))
-        labels = {key: [example[key] for example in examples] for key in self.label_names}
-        values = [self._value(example) for example in examples]
+        labels = {
+            key: label_numbers([example[key] for example in examples], names)
+            for key, names in self.label_names.items()
+        }
         return PictureDataset(
-            values, self.num_channels, source=self.source, labels=labels, label_names=self.label_names
+            [self._value(example) for example in examples],
+            self.num_channels,
+            source=self.source,
+            labels=labels,
+            label_names=self.label_names,
+            max_image_pixels=self.max_image_pixels,
         )
 
     def _value(self, example: dict):
         value = example[self.column]
-        return value if self.dtype is None else np.asarray(value, dtype=self.dtype)
+        return value if value is None or self.dtype is None else np.asarray(value, dtype=self.dtype)
 
     def _name(self, row: int, example: dict) -> str:
         value = example[self.column]
@@ -203,10 +246,29 @@ class PictureStream:
         return f"{path} (in {self.source})" if path else f"picture {row} of the stream {self.source}"
 
 
+def label_numbers(values: list, names: list[str]) -> np.ndarray:
+    """The labels of a column that holds the numbers of classes, or lists of them; None where there is none.
+
+    Returns:
+        `np.ndarray`: as a label of `PictureDataset`.
+    """
+    if not any(isinstance(value, list | tuple | np.ndarray) for value in values):
+        return np.array([-1 if value is None else value for value in values], dtype=np.int64)
+    column = np.zeros((len(values), len(names)), dtype=np.int8)
+    for row, value in zip(column, values, strict=True):
+        if value is None:
+            row[:] = -1
+        else:
+            row[[number for number in value if number is not None and number >= 0]] = 1
+    return column
+
+
 def _stored_bytes(value) -> bytes:
-    """What is stored of a picture, of any kind that `read_picture` takes."""
+    """What is stored of a picture, of any kind that `read_picture` takes; nothing of one that is missing."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
+    if value is None:
+        return b""
     if isinstance(value, bytes):
         return value
     if isinstance(value, str | os.PathLike):
@@ -243,34 +305,65 @@ class FilePictures:
 def find_pictures(root: str | os.PathLike) -> list[str]:
     """Paths of the pictures below a folder, relative to it, sorted; hidden files and folders are left out.
 
+    Files with other endings are counted, and the log says how many there are of each.
+
     Raises:
-        ValueError: there is no such folder, or it holds no picture.
+        ValueError: there is no such folder, it cannot be listed, or it holds no picture.
     """
     root = check_folder(root)
-    paths, visited = [], set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in visited:  # a link back up would never end
-            subfolders.clear()
-            continue
-        visited.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        paths += [
-            os.path.relpath(os.path.join(folder, name), root)
-            for name in files
-            if not name.startswith(".") and name.lower().endswith(PICTURE_EXTENSIONS)
-        ]
+    paths, others = [], Counter()
+    # A link back up would never end.
+    _list_pictures(root, "", set(), paths, others)
+    left_out = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
     if not paths:
-        raise ValueError(f"{root} holds no picture. Files that are read: {', '.join(PICTURE_EXTENSIONS)}.")
-    return sorted(paths, key=lambda path: Path(path).parts)
+        there = f" It holds files that end in {left_out}." if left_out else ""
+        raise ValueError(f"{root} holds no picture.{there} Files that are read: {', '.join(PICTURE_EXTENSIONS)}.")
+    if left_out:
+        logger.warning(f"{root}: files left out for their endings: {left_out}.")
+    return paths
+
+
+def _list_pictures(root: str, below: str, visited: set, paths: list[str], others: Counter) -> None:
+    folder = os.path.join(root, below)
+    try:
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in visited:
+            return
+        visited.add((status.st_dev, status.st_ino))
+        with os.scandir(folder) as scan:
+            entries = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be listed: {error.strerror}.") from error
+    for name, is_folder in entries:
+        path = os.path.join(below, name) if below else name
+        if is_folder:
+            _list_pictures(root, path, visited, paths, others)
+        elif name.lower().endswith(PICTURE_EXTENSIONS):
+            paths.append(path)
+        else:
+            others[os.path.splitext(name)[1].lower() or "no ending"] += 1
 
 
 def check_folder(path: str | os.PathLike) -> str:
     path = os.path.expanduser(path)
     if not os.path.isdir(path):
+        refuse_archive("--train_dir", path)
         what = "is a file" if os.path.exists(path) else "does not exist"
         raise ValueError(f"{path} {what}, expected a folder of pictures (or of idx files, *-ubyte).")
     return path
+
+
+def refuse_archive(flag: str, name: str) -> None:
+    """Raises ValueError, with the way out, for a zip or tar file."""
+    ending = next((ending for ending in _ARCHIVES if name.lower().endswith(ending)), None)
+    if ending is None:
+        return
+    folder = name[: -len(ending)]
+    unpack = f"unzip {name} -d {folder}" if ending == ".zip" else f"mkdir {folder}; tar xf {name} -C {folder}"
+    raise ValueError(
+        f"{flag} {name}: pictures are not read out of an archive, where each would cost a search. Unpack it once "
+        f"({unpack}), then --train_dir {folder}."
+    )
 
 
 def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
@@ -279,18 +372,19 @@ def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
     If every picture lies in a sub-folder, and there are at least two of these, they are the classes of `label`.
     """
     found = [find_pictures(root) for root in roots]
-    classes = sorted({Path(path).parts[0] for paths in found for path in paths})
-    labelled = len(classes) > 1 and all(len(Path(path).parts) > 1 for paths in found for path in paths)
+    tops = [[path.partition(os.sep)[0] for path in paths] for paths in found]
+    classes = sorted({top for names in tops for top in names})
+    labelled = len(classes) > 1 and all(os.sep in path for paths in found for path in paths)
     numbers = {name: number for number, name in enumerate(classes)}
     return [
         PictureDataset(
             FilePictures(os.path.expanduser(root), paths),
             num_channels,
             source=os.fspath(root),
-            labels={"label": [numbers[Path(path).parts[0]] for path in paths]} if labelled else None,
+            labels={"label": [numbers[top] for top in names]} if labelled else None,
             label_names={"label": classes} if labelled else None,
         )
-        for root, paths in zip(roots, found, strict=True)
+        for root, paths, names in zip(roots, found, tops, strict=True)
     ]
 
 
@@ -298,6 +392,8 @@ def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
 
 
 _IDX_NAME = re.compile(r"ubyte(\.gz)?$")
+# The split of idx files whose name does not say which it is.
+UNNAMED = "all"
 
 
 def read_idx(path: str | os.PathLike) -> np.ndarray:
@@ -337,7 +433,7 @@ def has_idx_files(folder: str | os.PathLike) -> bool:
 
 
 def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
-    """The idx files of a folder: "train" (whose name has "train" in it) and "test" (the others), where they are there.
+    """The idx files of a folder by split, as their names have it: "train", "validation", "test" (t10k), or `UNNAMED`.
 
     The labels of `train-images-idx3-ubyte` are in `train-labels-idx1-ubyte`, and so on.
     """
@@ -352,7 +448,7 @@ def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
     for stem, path in sorted(stems.items()):
         if "images" not in stem:
             continue
-        split = "train" if "train" in stem else "test"
+        split = _idx_split(stem)
         if split in splits:
             raise ValueError(
                 f"{folder} holds several sets of {split} pictures: {splits[split].source} and {path}. Keep one."
@@ -372,3 +468,10 @@ def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
     if not splits:
         raise ValueError(f"{folder} holds idx files ({', '.join(sorted(stems))}), but none named *images*-ubyte.")
     return splits
+
+
+def _idx_split(stem: str) -> str:
+    for split, words in (("train", "train"), ("validation", "val|dev"), ("test", "test|t10k")):
+        if re.search(words, stem, re.IGNORECASE):
+            return split
+    return UNNAMED

@@ -50,9 +50,10 @@ def shared_labels(
     """
     The labels that both splits have, by name: `torch.LongTensor` of shape `(num_pictures,)`, -1 where there is none.
 
-    A label that no picture of a split has (as in published test sets) is left out.
+    A label that no picture of a split has (as in published test sets) is left out, and so are multi-label ones.
     """
     names = [name for name in train.labels if name in test.labels]
+    names = [name for name in names if not train.multi_label(name) and not test.multi_label(name)]
     names = [name for name in names if all((split.labels[name] >= 0).any() for split in (train, test))]
     return tuple({name: torch.as_tensor(split.labels[name]) for name in names} for split in (train, test))
 
