@@ -50,21 +50,59 @@ def test_public_names_resolve():
 
 
 @pytest.mark.parametrize("model_type", METHODS)
-def test_stand_ins_pass_for_the_classes(model_type):
+def test_mappings_give_the_real_classes(model_type):
     for auto, suffix in (
         ("AutoModel", "Model"),
         ("AutoModelForPreTraining", "ForPreTraining"),
         ("AutoModelForImageClassification", "ForImageClassification"),
         ("AutoBackbone", "Backbone"),
     ):
-        config_class, real = method_class(model_type, "Config"), method_class(model_type, suffix)
-        stand_in = getattr(transformers, auto)._model_mapping[config_class]
-        assert stand_in.__name__ == real.__name__
-        assert stand_in.config_class is config_class
-        model = tiny_model(model_type, suffix)
-        assert isinstance(model, stand_in) and not isinstance(transformers.AutoModel, stand_in)
-        assert issubclass(real, stand_in) and not issubclass(dict, stand_in)
-        assert type(stand_in(model.config)) is real
+        mapping, config_class = getattr(transformers, auto)._model_mapping, method_class(model_type, "Config")
+        found = mapping[config_class]
+        assert found is method_class(model_type, suffix) and issubclass(found, transformers.PreTrainedModel)
+        assert mapping.get(config_class, None) is found and config_class in mapping
+        assert dict(mapping._extra_content)[config_class] is found
+
+
+def test_where_a_module_is_may_be_asked_before_it_is_imported(tmp_path):
+    tiny_model("ocl", "Model", num_channels=5).save_pretrained(tmp_path)
+    build_image_processor((32, 48), 5, [0.5] * 5, [0.5] * 5).save_pretrained(tmp_path)
+    printed = run_python(
+        "import hf_mim, importlib.util\n"
+        "assert importlib.util.find_spec('transformers.models.auto.image_processing_auto')\n"
+        "from transformers import AutoImageProcessor\n"
+        f"print(type(AutoImageProcessor.from_pretrained({str(tmp_path)!r})).__name__)"
+    )
+    assert printed.strip() == "MIMImageProcessor"
+
+
+# What a server that only embeds may leave out.
+LIGHT = """
+import sys
+from importlib.machinery import PathFinder
+class Without(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in {missing!r} else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Without
+import numpy as np, torch
+import hf_mim
+from transformers import AutoImageProcessor, AutoModel
+model = AutoModel.from_pretrained({folder!r})
+processor = AutoImageProcessor.from_pretrained({folder!r})
+image = np.zeros((40, 50, {channels}), dtype=np.uint8)
+print(tuple(model(**processor(image, return_tensors="pt")).pooler_output.shape))
+hf_mim.to_vit(model)
+"""
+
+
+@pytest.mark.parametrize(("model_type", "channels"), [*((method, 5) for method in METHODS), ("tec", 3)])
+def test_embedding_needs_none_of_what_training_needs(model_type, channels, tmp_path):
+    tiny_model(model_type, "ForPreTraining", num_channels=channels).save_pretrained(tmp_path)
+    build_image_processor((32, 48), channels, [0.5] * channels, [0.5] * channels).save_pretrained(tmp_path)
+    missing = ["timm", "datasets", "evaluate", "matplotlib", "sklearn", "peft"]
+    printed = run_python(LIGHT.format(missing=missing, folder=str(tmp_path), channels=channels))
+    assert printed.strip() == "(1, 32)"
 
 
 @pytest.mark.parametrize("model_type", METHODS)

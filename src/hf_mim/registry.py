@@ -1,5 +1,6 @@
 """The methods, and how their classes reach transformers' Auto classes without being imported."""
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
@@ -78,25 +79,51 @@ def method_class(model_type: str, suffix: str) -> type:
     return getattr(method_module(model_type, kind), (MODEL_TYPES | ENCODER)[model_type] + suffix)
 
 
-class _LazyClass(type):
-    """Metaclass of a stand-in that becomes the real class on first use."""
+class _Later:
+    """A value of `_LazyContents` that is made when it is asked for."""
 
-    def __getattr__(cls, name):
-        return getattr(cls.resolve(), name)
-
-    def __call__(cls, *args, **kwargs):
-        return cls.resolve()(*args, **kwargs)
-
-    def __instancecheck__(cls, instance):
-        return isinstance(instance, cls.resolve())
-
-    def __subclasscheck__(cls, subclass):
-        return issubclass(subclass, cls.resolve())
+    def __init__(self, make):
+        self.make = make
 
 
-def _lazy_class(model_type: str, suffix: str) -> type:
-    name = (METHODS | ENCODER)[model_type] + suffix
-    return _LazyClass(name, (), {"resolve": staticmethod(lambda: method_class(model_type, suffix))})
+class _LazyContents(dict):
+    """
+    What was registered with one of transformers' mappings from configs to classes, where ours are imported when they
+    are asked for. It stands in the place of the mapping's own dict, so that what is seen is always the real class.
+    """
+
+    def __getitem__(self, key):
+        value = super().__getitem__(key)
+        if isinstance(value, _Later):
+            value = self[key] = value.make()
+        return value
+
+    def get(self, key, default=None):
+        try:
+            return self[key]
+        except KeyError:
+            return default
+
+    def __iter__(self):
+        # Overridden, so that dict(self) asks for the values and does not copy what makes them.
+        return super().__iter__()
+
+    def values(self):
+        return [self[key] for key in self]
+
+    def items(self):
+        return [(key, self[key]) for key in self]
+
+
+def _register_later(mapping, config_class: type, make) -> None:
+    """Registers with `mapping`, for a config, what `make()` will give when somebody asks for it."""
+    if not isinstance(getattr(mapping, "_extra_content", None), dict):
+        # Another transformers, which keeps it elsewhere: what is asked for now is right, if slower.
+        mapping.register(config_class, make(), exist_ok=True)
+        return
+    if not isinstance(mapping._extra_content, _LazyContents):
+        mapping._extra_content = _LazyContents(mapping._extra_content)
+    mapping._extra_content[config_class] = _Later(make)
 
 
 def register_auto_classes() -> None:
@@ -110,12 +137,7 @@ def register_auto_classes() -> None:
             if model_type in ENCODER and suffix == "ForPreTraining":
                 continue
             mapping = getattr(transformers, auto_class)._model_mapping
-            mapping.register(config_class, _lazy_class(model_type, suffix), exist_ok=True)
-    register_image_processor()
-
-
-def register_image_processor() -> None:
-    """Makes AutoImageProcessor know our image processor, now or when somebody imports it."""
+            _register_later(mapping, config_class, functools.partial(method_class, model_type, suffix))
     # Importing AutoImageProcessor costs more than all the rest.
     if _IMAGE_PROCESSING_AUTO in sys.modules:
         _register_image_processor(sys.modules[_IMAGE_PROCESSING_AUTO])
@@ -124,33 +146,42 @@ def register_image_processor() -> None:
 
 
 def _register_image_processor(module) -> None:
-    ours = sys.modules.get("hf_mim.data.image_processing")
-    if ours is not None and not hasattr(ours, "MIMImageProcessor"):
-        # Its own imports came here, before its class was there: it asks again at its end.
+    """Registers ours with transformers' module of them, which may be in the middle of being imported."""
+    if not hasattr(module, "IMAGE_PROCESSOR_MAPPING"):
         return
-    from .data.image_processing import MIMImageProcessor
-
     for model_type in METHODS | ENCODER:
-        module.AutoImageProcessor.register(
-            method_class(model_type, "Config"),
-            image_processor_classes={"torchvision": MIMImageProcessor},
-            exist_ok=True,
-        )
+        _register_later(module.IMAGE_PROCESSOR_MAPPING, method_class(model_type, "Config"), _image_processors)
+
+
+def _image_processors() -> dict[str, type]:
+    return {"torchvision": importlib.import_module("hf_mim.data.image_processing").MIMImageProcessor}
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
     """Registers our image processor right after transformers' registry of them is imported."""
 
+    def __init__(self):
+        self.is_asking = False
+
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != _IMAGE_PROCESSING_AUTO:
+        if fullname != _IMAGE_PROCESSING_AUTO or self.is_asking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.is_asking = True
+        try:
+            # Of the other finders.
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.is_asking = False
+        if spec is None:
+            return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module):
             execute(module)
             _register_image_processor(module)
+            # Somebody may only have asked where the module is, and imports it later.
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
 
         spec.loader.exec_module = execute_and_register
         return spec

@@ -12,7 +12,6 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from ..registry import register_image_processor
 from .pictures import read_picture
 
 
@@ -159,7 +158,3 @@ def evaluation_transform(processor, num_channels: int) -> Callable[..., torch.Te
         return batch["pixel_values"][0]
 
     return transform
-
-
-# The imports above may have brought transformers' registry in, while the class was not there yet.
-register_image_processor()
