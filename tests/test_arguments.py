@@ -361,7 +361,6 @@ class TestConfigOfFlags:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--image_size=32"], r"image_size: \(32, 32\) is asked for, and .* has \(16, 16\)"),
             (["--patch_size=8"], r"patch_size: \(8, 8\) is asked for"),
             (["--num_channels=1"], "num_channels: 1 is asked for.*has 3. Leave num_channels out"),
             (["--config_overrides=hidden_size=64"], "hidden_size: 64 is asked for"),

@@ -633,7 +633,6 @@ class TestBadInput:
             (["--robustness_sets=nowhere"], "NAME=FOLDER"),
             (["--robustness_sets=a=/nowhere"], "/nowhere does not exist"),
             (["--auto_augment=random"], "auto_augment random"),
-            (["--image_size=32"], "image_size: \\(32, 32\\) is asked for"),
             (["--num_channels=1"], "num_channels: 1 is asked for"),
             (["--config_overrides=hidden_size=8"], "for untrained networks"),
             (["--streaming", "--dataset_name=a", "--train_dir="], "leave --streaming out|streaming"),

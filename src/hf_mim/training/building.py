@@ -1,5 +1,6 @@
 """The model that the flags ask for: from a preset, or from weights."""
 
+import copy
 import json
 from dataclasses import fields
 from pathlib import Path
@@ -16,7 +17,8 @@ from ..models.vit.alignment import align_weights
 from ..models.vit.frozen import describe_config, load_quietly, read_description, read_normalization, read_source
 from ..models.vit.modeling_vit import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
-from ..registry import BASELINES, ENCODER, METHODS, method_class, method_name
+from ..models.vit.transfer import at_image_size, load_at_another_size
+from ..registry import BASELINES, ENCODER, METHODS, MODEL_TYPES, method_class, method_name
 from .command import ClassifierArguments, ModelArguments
 
 logger = logging.get_logger(__name__)
@@ -38,6 +40,7 @@ _ENCODER_FIELDS = (
     "num_channels",
     "qkv_bias",
     "position_embedding",
+    "sincos_grid",
     "pooling",
 )
 
@@ -63,7 +66,7 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
     if args.mask_ratio is not None:
         chosen["mask_ratio"] = args.mask_ratio
     if args.model_name_or_path is not None:
-        given = _fields_of_weights(args.model_name_or_path, args.model_type)
+        given = _fields_of_weights(args.model_name_or_path, args.model_type, image_size)
         _check_asked_for(args.model_name_or_path, given, _sizes_asked_for(image_size, num_channels) | chosen)
         # The baseline has not all fields that the methods share.
         known = {field.name for field in fields(config_class)}
@@ -149,6 +152,9 @@ def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, in
         given = {name: getattr(config, name, None) for name in ("image_size", "num_channels", "num_hidden_layers")}
         if not isinstance(given["num_hidden_layers"], int) or given["image_size"] is None:
             raise ValueError(f"{path} ({config.model_type}) is no Vision Transformer of one width and a fixed size.")
+        if image_size is not None and config.model_type in (*METHODS, *ENCODER, "vit"):
+            config = at_image_size(config, image_size)
+            given["image_size"] = image_size
         _check_asked_for(path, given, _sizes_asked_for(image_size, num_channels))
     if config.model_type in METHODS | ENCODER:
         trained = any("ImageClassification" in name for name in config.architectures or ())
@@ -181,16 +187,11 @@ def build_classifier(args: ClassifierArguments, config) -> PreTrainedModel:
     if source is None or source.model_type != config.model_type:
         model = method_class(config.model_type, "ForImageClassification")._from_config(config, **kwargs)
         if source is not None:
-            model.encoder.load_vit_state_dict(_load_encoder(path).vit_state_dict())
+            model.encoder.load_vit_state_dict(_load_encoder(path, config.image_size).vit_state_dict())
         _start_head(model)
         return model
-    model, info = AutoModelForImageClassification.from_pretrained(
-        path,
-        config=config,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=True,
-        output_loading_info=True,
-        **kwargs,
+    model, info = _from_pretrained(
+        AutoModelForImageClassification.from_pretrained, path, config, source, ignore_mismatched_sizes=True, **kwargs
     )
     align_weights(model)
     head = {f"classifier.{name}" for name in model.classifier.state_dict()}
@@ -231,14 +232,8 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     source = AutoConfig.from_pretrained(args.model_name_or_path)
     if source.model_type == args.model_type:
         try:
-            model, info = model_class.from_pretrained(
-                args.model_name_or_path,
-                config=config,
-                # Weights of 16 bits would be trained in 16 bits.
-                dtype=torch.float32,
-                initialize_missing=True,
-                output_loading_info=True,
-                **kwargs,
+            model, info = _from_pretrained(
+                model_class.from_pretrained, args.model_name_or_path, config, source, initialize_missing=True, **kwargs
             )
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
@@ -250,7 +245,7 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
         missing = info["missing_keys"]
     else:
         model = model_class._from_config(config, **kwargs)
-        model.load_encoder(_load_encoder(args.model_name_or_path))
+        model.load_encoder(_load_encoder(args.model_name_or_path, config.image_size))
         given = ("encoder.", "vit.") if frozen is None else ("encoder.", f"{_FROZEN[args.model_type][0]}.")
         missing = {name for name in model.state_dict() if not name.startswith(given)}
         built = sorted({name.split(".")[0] for name in model.fill_missing(missing)})
@@ -317,10 +312,40 @@ def _read_value(text: str):
         return text
 
 
-def _load_encoder(path: str):
+def _load_encoder(path: str, image_size=None):
+    """The encoder at `path` as ours; at another image size with interpolated positions."""
     source = AutoConfig.from_pretrained(path)
     encoder = load_quietly(AutoModel, path)
-    return encoder if source.model_type in METHODS | ENCODER else encoder_from_vit(encoder)
+    encoder = encoder if source.model_type in METHODS | ENCODER else encoder_from_vit(encoder)
+    if image_size is None or as_pair(image_size) == as_pair(encoder.config.image_size):
+        return encoder
+    resized = type(encoder)(at_image_size(encoder.config, as_pair(image_size)))
+    load_at_another_size(resized, encoder)
+    return resized.eval()
+
+
+def _from_pretrained(load, path: str, config, source, **kwargs):
+    """
+    A model of `config` with the weights at `path`, whose own config is `source`, and what is to be said of loading.
+    Where only the image size differs, positions are interpolated.
+    """
+    # Weights of 16 bits would be trained in 16 bits.
+    kwargs |= {"dtype": torch.float32, "output_loading_info": True}
+    if as_pair(source.image_size) == as_pair(config.image_size):
+        return load(path, config=config, **kwargs)
+    own = copy.deepcopy(config)
+    own.image_size = source.image_size
+    if hasattr(source, "sincos_grid"):
+        own.sincos_grid = source.sincos_grid
+    model, info = load(path, config=own, **kwargs)
+    attention = {name: kwargs[name] for name in ("attn_implementation",) if name in kwargs}
+    resized = type(model)._from_config(config, **attention)
+    load_at_another_size(resized, model)
+    logger.warning(
+        f"{path} is of images of {as_pair(source.image_size)} pixels (height, width): its positions are interpolated "
+        f"to {as_pair(config.image_size)}."
+    )
+    return resized.eval(), info
 
 
 def check_there(path: str, flag: str) -> None:
@@ -338,11 +363,13 @@ def _read_config(path: str) -> PreTrainedConfig:
         raise ValueError(f"--model_name_or_path {path}: {error}") from error
 
 
-def _fields_of_weights(path: str, model_type: str) -> dict:
+def _fields_of_weights(path: str, model_type: str, image_size: tuple[int, int] | None) -> dict:
     config = _read_config(path)
+    if image_size is not None and config.model_type in MODEL_TYPES | ENCODER:
+        config = at_image_size(config, image_size)
     if config.model_type == model_type:
         names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
         return {name: getattr(config, name) for name in names if not name.startswith("_")}
     if config.model_type not in METHODS | ENCODER:
-        config = _load_encoder(path).config
+        config = _load_encoder(path, image_size).config
     return {name: getattr(config, name) for name in _ENCODER_FIELDS}

@@ -29,6 +29,9 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
         qkv_bias (`bool`, defaults to True): Whether queries, keys and values have a bias.
         position_embedding (`str`, defaults to `"sincos"`): `"sincos"`, the fixed table in MAE's layout, or
             `"learned"`, a trained table.
+        sincos_grid (pair (rows, columns), *optional*): The patch grid that the fixed table is made for, from which it
+            is interpolated to the image's own, as in an encoder that goes on at another image size. The image's own
+            grid if None.
         pooling (`str`, defaults to `"cls"`): What `pooler_output` is: `"cls"`, the [CLS] token, or `"mean"`, the mean
             of the patch tokens, both after the final LayerNorm.
 
@@ -52,6 +55,7 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     num_channels: int = 3
     qkv_bias: bool = True
     position_embedding: str = "sincos"
+    sincos_grid: list[int] | tuple[int, int] | None = None
     pooling: str = "cls"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
-from transformers.models.dinov3_vit.modeling_dinov3_vit import rotate_half
 from transformers.utils import cached_file, logging
 
 from .alignment import align_weights
@@ -204,7 +203,8 @@ def attention_products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tenso
 
 
 def _rotate(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    return vectors * cos + rotate_half(vectors) * sin
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 @dataclass

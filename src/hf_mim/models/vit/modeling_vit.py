@@ -30,7 +30,7 @@ from .attention import MaskedViTAttention, MaskedViTMLP
 from .configuration_vit import MaskedViTConfig
 from .masking import random_masking, restore_order
 from .pixels import PixelRenormalization
-from .position import interpolate_position_table, sincos_position_table
+from .position import fixed_position_table, interpolate_position_table
 from .sizes import as_pair
 from .transfer import refuse_other_network, refuse_other_positions
 
@@ -241,7 +241,7 @@ def add_position_table(module: nn.Module, config: MaskedViTConfig, dim: int) -> 
     if config.position_embedding == "learned":
         module.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, dim))
     else:
-        table = sincos_position_table(*config.grid_size, dim)
+        table = fixed_position_table(config, dim)
         # Moved to the default device, which is "meta" while a model is being loaded.
         module.register_buffer("position_embeddings", table.to(torch.get_default_device()), persistent=False)
 
@@ -310,7 +310,7 @@ class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
         if isinstance(positions, nn.Parameter):
             init.trunc_normal_(positions, std=self.config.initializer_range)
         elif positions is not None:
-            init.copy_(positions, sincos_position_table(*self.config.grid_size, positions.shape[-1]))
+            init.copy_(positions, fixed_position_table(self.config, positions.shape[-1]))
 
 
 class MaskedViTModel(MaskedViTPreTrainedModel):

@@ -30,6 +30,12 @@ def sincos_position_table(rows: int, columns: int, dim: int) -> torch.Tensor:
     return torch.cat((table.new_zeros(1, dim), table)).unsqueeze(0)
 
 
+def fixed_position_table(config, dim: int) -> torch.Tensor:
+    """The fixed table (1, 1 + L, dim) of a network with this config: of its grid, or interpolated to it."""
+    made_for = tuple(config.sincos_grid or config.grid_size)
+    return interpolate_position_table(sincos_position_table(*made_for, dim), made_for, config.grid_size)
+
+
 def interpolate_position_table(table: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
     """
     Bicubic interpolation of a position table to another patch grid, as ViT's; [CLS] (the first row) stays.

@@ -1,6 +1,16 @@
 """Whether the weights of one encoder mean in another what they meant in their own."""
 
+import copy
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from .position import interpolate_position_table
 from .sizes import as_pair
+
+# The trained, or stored, position tables of ours, ViT's and ViTMAE's networks.
+_TABLES = ("position_embeddings", "decoder_pos_embed")
 
 # What decides how an encoder computes, besides the shapes of its weights.
 _DECISIVE = (
@@ -59,3 +69,42 @@ def refuse_other_positions(own_fixed, given, what: str) -> None:
             f"{what[0].upper()}{what[1:]} has positions of its own, and this encoder has the fixed sin-cos table, in "
             'which they would be lost. Build the model with position_embedding="learned".'
         )
+
+
+def at_image_size(config: PreTrainedConfig, image_size: tuple[int, int]) -> PreTrainedConfig:
+    """
+    The config of the same network for images of another size (height, width), whose positions are interpolated, as the
+    releases do when they fine-tune at another size: of a fixed table too, which goes on meaning the same places.
+    """
+    resized = copy.deepcopy(config)
+    resized.image_size = list(image_size) if image_size[0] != image_size[1] else image_size[0]
+    if getattr(config, "position_embedding", None) == "sincos":
+        resized.sincos_grid = list(config.sincos_grid or grid_of(config))
+    return resized
+
+
+@torch.no_grad()
+def load_at_another_size(model: nn.Module, source: nn.Module) -> None:
+    """
+    Fills a model with the weights of the same model for another image size, interpolating its position tables.
+
+    Args:
+        model: Whose config is that of `source` `at_image_size`.
+        source: The one that has the weights.
+
+    Raises:
+        RuntimeError: If it is another model.
+    """
+    grid, new_grid = grid_of(source.config), grid_of(model.config)
+    state, wanted = source.state_dict(), model.state_dict()
+    for name, value in state.items():
+        if name.endswith(_TABLES) and wanted[name].shape != value.shape:
+            state[name] = interpolate_position_table(value, grid, new_grid)
+    model.load_state_dict(state)
+
+
+def grid_of(config: PreTrainedConfig) -> tuple[int, int]:
+    """Patches of an image (rows, columns), of any ViT's config."""
+    sizes = zip(as_pair(config.image_size), as_pair(config.patch_size), strict=True)
+    rows, columns = (side // patch for side, patch in sizes)
+    return rows, columns
