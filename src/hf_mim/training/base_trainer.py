@@ -57,7 +57,7 @@ class ViTTrainer(Trainer):
     def __init__(self, *args, run_settings: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.run_settings = run_settings or {}
-        self._is_saving = False
+        self._is_saving, self._first_step = False, 0
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(_NEVER, device=self.args.device)
         self.add_callback(_Hooks(self))
@@ -159,7 +159,7 @@ class ViTTrainer(Trainer):
     @property
     def num_steps_trained(self) -> int:
         """Optimiser steps of the last call of `train`, without those of a checkpoint that it went on from."""
-        return self.state.global_step - self._initial_global_step
+        return self.state.global_step - self._first_step
 
     @functools.cached_property
     def run_record(self) -> dict:
@@ -411,6 +411,7 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.train_losses.reset()
+        self.trainer._first_step = state.global_step
         self.trainer.first_bad_step.fill_(_NEVER)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
