@@ -77,9 +77,10 @@ def wait(number: int) -> int:
 
 def kill(number: int, out: Path, seconds: float, *, in_save: bool) -> bool:
     """
-    Kills the process after so many seconds, or `in_save` so many after something begins to be written. Says whether it
-    still ran.
+    Kills the process after so many seconds, or `in_save` while the next thing is written from then on, if it is met.
+    Says whether the process still ran.
     """
+    time.sleep(seconds)
     if in_save:
         # What the kill before has left counts only once it is written anew.
         before = _there(out)
@@ -88,8 +89,7 @@ def kill(number: int, out: Path, seconds: float, *, in_save: bool) -> bool:
                 return False
             time.sleep(0.0005)
         # A save of this size takes about a hundredth of a second.
-        seconds = min(seconds, random.random() * 0.012)
-    time.sleep(seconds)
+        time.sleep(random.random() * 0.01)
     if os.waitpid(number, os.WNOHANG)[0]:
         return False
     os.kill(number, signal.SIGKILL)
@@ -126,10 +126,10 @@ def kill_and_compare(job: str, kills: int, folder: Path, seed: int) -> dict[str,
     while counts["kills"] < kills:
         out, log = folder / f"broken-{counts['runs']}", folder / f"broken-{counts['runs']}.log"
         counts["runs"] += 1
-        # A few kills to a run, then it may end.
+        # A few kills to a run, then it may end. Of those that are meant for a save, some come too late.
         for _ in range(min(5, kills - counts["kills"])):
             number = start(job, pictures, out, log)
-            if not kill(number, out, random.uniform(0, duration), in_save=counts["kills"] % 3 == 2):
+            if not kill(number, out, random.uniform(0, duration), in_save=counts["kills"] % 2 == 1):
                 break
             counts["kills"] += 1
             counts["in_save"] += bool(_there(out))
