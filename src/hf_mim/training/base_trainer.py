@@ -234,9 +234,9 @@ class ViTTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
         counted = self.number_counted(len(inputs[self.model.main_input_name]))
-        # Where none counts, they are gone through all the same, since under FSDP the forward pass is a common effort;
-        # twice over, since a single picture has no other that a contrastive loss could tell it from.
-        inputs = {name: value[:counted] if counted else torch.cat([value, value]) for name, value in inputs.items()}
+        if counted:
+            inputs = {name: value[:counted] for name, value in inputs.items()}
+        # Else all are gone through, for nothing: under FSDP the forward pass is a common effort.
         with self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         losses = {name: value for name, value in outputs.items() if name.startswith("loss_")}

@@ -19,9 +19,13 @@ class CollapseWatch:
     a tenth of what it was first.
 
     A batch of n pictures has a RankMe of at most n: with fewer than 10 pictures there is nothing to warn of.
+
+    Args:
+        warns (`bool`, defaults to True): False for all but one of several processes, which all measure the same.
     """
 
-    def __init__(self):
+    def __init__(self, *, warns: bool = True):
+        self.warns = warns
         self.start: float | None = None
         self.last: dict[str, float] = {}
         self.warned = False
@@ -31,12 +35,11 @@ class CollapseWatch:
         self.start = next((log["rank_me"] for log in log_history if "rank_me" in log), None)
         self.last, self.warned = {}, False
 
-    def measure(self, features: torch.Tensor, step: int, *, say: bool = True) -> None:
+    def measure(self, features: torch.Tensor, step: int) -> None:
         """
         Args:
             features (`torch.Tensor` of shape `(batch_size, 2, dim)`): Of two views of each picture.
             step (`int`): To name in the warning.
-            say (`bool`): False for all but one of several processes.
         """
         first, second = features.detach()[:MAX_PICTURES].float().unbind(dim=1)
         if not first.isfinite().all():
@@ -47,7 +50,7 @@ class CollapseWatch:
             self.start = rank
         elif rank < _COLLAPSED * self.start and not self.warned:
             self.warned = True
-            if say:
+            if self.warns:
                 logger.warning(
                     f"Step {step}: the features' RankMe is {rank:.2f}, under a tenth of the {self.start:.2f} at the "
                     "start. They are collapsing: lower the learning rate, lengthen the warm-up, or enlarge the batch."

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..data.pretraining import pretraining_collator
+from ..data.pretraining import EpochSampler, pretraining_collator
 from .arguments import MIMTrainingArguments
 from .base_trainer import ViTTrainer
 from .callbacks import MIMCallback
@@ -83,7 +83,7 @@ class MIMTrainer(ViTTrainer):
         self.stage, self.optimizer_state = stage, optimizer_state
         # Called with the encoder at each evaluation; gives metrics by name.
         self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
-        self.collapse_watch = CollapseWatch()
+        self.collapse_watch = CollapseWatch(warns=self.is_world_process_zero())
         self.add_callback(_BeginWatch(self.collapse_watch))
         if self.args.contrastive_chunk_size is not None:
             if not self.model.pairwise_loss:
@@ -101,14 +101,24 @@ class MIMTrainer(ViTTrainer):
             batch_size = self.args.contrastive_eval_batch_size
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
+    def _get_eval_sampler(self, eval_dataset) -> EpochSampler:
+        return EpochSampler(self._num_compared(eval_dataset), shuffle=False)
+
     def number_counted(self, batch_size: int) -> int:
-        counted = super().number_counted(batch_size)
-        # A smaller batch has fewer pictures to tell one from, which makes another loss of it; so it only counts alone.
+        if not self.model.pairwise_loss or not self.accelerator.gradient_state.end_of_dataloader:
+            return super().number_counted(batch_size)
         whole = self.args.contrastive_eval_batch_size
-        is_left_over = self.model.pairwise_loss and counted < whole <= len(
-            self.callback_handler.eval_dataloader.dataset
+        of_last_round = self._num_compared(self.callback_handler.eval_dataloader.dataset) % (
+            whole * self.args.world_size
         )
-        return 0 if is_left_over else counted
+        if of_last_round == 0:
+            return batch_size
+        return min(max(of_last_round - self.accelerator.process_index * whole, 0), batch_size)
+
+    def _num_compared(self, eval_dataset) -> int:
+        # A smaller batch has fewer pictures to tell one from, which makes another loss of it; so it only counts alone.
+        number, whole = len(eval_dataset), self.args.contrastive_eval_batch_size
+        return number // whole * whole if self.model.pairwise_loss and number >= whole else number
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         """As `Trainer.evaluate`; `eval_dataset` may be all that the constructor takes."""
@@ -159,7 +169,7 @@ class MIMTrainer(ViTTrainer):
         if features is not None:
             # On all processes, which then agree on when the next time is.
             features = self.accelerator.gather(features.detach()[:MAX_PICTURES].contiguous())
-            watch.measure(features, step, say=self.is_world_process_zero())
+            watch.measure(features, step)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
