@@ -159,11 +159,14 @@ class LastAttention:
     """
 
     def __init__(self, norm, attention, hidden_states, rotary, num_heads: int, num_prefix: int):
-        self.norm, self.attention, self.hidden_states, self.rotary = norm, attention, hidden_states, rotary
+        self.norm, self.hidden_states, self.rotary = norm, hidden_states, rotary
+        # DINOv2 of transformers before 5.20 has them further down, under other names.
+        inner = getattr(attention, "attention", attention)
+        self.project_query = getattr(inner, "q_proj", None) or inner.query
+        self.project_key = getattr(inner, "k_proj", None) or inner.key
         self.num_heads, self.num_prefix = num_heads, num_prefix
         self.inputs = self.keys = None
 
-    @torch.no_grad()
     def logits(self, rows: torch.Tensor) -> torch.Tensor:
         """
         `q k^T / sqrt(head_dim)` of chosen queries and all patches' keys.
@@ -174,14 +177,19 @@ class LastAttention:
         Returns:
             float32 `torch.Tensor` of shape `(batch_size, num_heads, n, L)`.
         """
+        # Not by decorating: torch 2.9's compiler cannot follow that on an object made while it traces.
+        with torch.no_grad():
+            return self._logits(rows)
+
+    def _logits(self, rows: torch.Tensor) -> torch.Tensor:
         if self.keys is None:
             self.inputs = self.norm(self.hidden_states)
-            keys = self._split_heads(self.attention.k_proj(self.inputs[:, self.num_prefix :]))
+            keys = self._split_heads(self.project_key(self.inputs[:, self.num_prefix :]))
             self.keys = keys if self.rotary is None else _rotate(keys, *self.rotary)
         # Registers stand between [CLS] and the patches.
         places = torch.where(rows > 0, rows + self.num_prefix - 1, rows)
         samples = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
-        queries = self._split_heads(self.attention.q_proj(self.inputs[samples, places]))
+        queries = self._split_heads(self.project_query(self.inputs[samples, places]))
         if self.rotary is not None:
             cos, sin = self.rotary
             # [CLS] is not turned: angle 0.
@@ -375,6 +383,10 @@ def _build(config: PreTrainedConfig, layout: _Layout, attn_implementation: str |
     # A copy: what is set below, or by transformers, is none of the method's config.
     config = copy.deepcopy(config)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    for name in ("image_size", "patch_size"):
+        # Some of transformers' networks divide by them, which takes a number.
+        height, width = as_pair(getattr(config, name))
+        setattr(config, name, height if height == width else (height, width))
     if not config.model_type:
         return MaskedViTModel._from_config(config, **attention)
     if config.model_type != "vit_mae":
