@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_mim.evaluation.knn import knn_accuracy, knn_predict, rank_me
+from hf_mim.evaluation.knn import knn_accuracy, knn_predict, nearest_neighbours, rank_me
 from hf_mim.evaluation.linear import linear_probe_accuracy
 from hf_mim.evaluation.pictures import draw_loss_curves, draw_reconstructions, unnormalise
 from hf_mim.evaluation.report import describe_results, evaluate_features, results_table
@@ -141,3 +141,72 @@ def test_loss_curves_are_drawn_when_there_is_something_to_draw(tmp_path):
 def test_knn_without_neighbours():
     with pytest.raises(ValueError, match="k is 0"):
         knn_predict(torch.ones(2, 3), torch.tensor([0, 1]), torch.ones(1, 3), k=0)
+
+
+class TestNearestNeighbours:
+    def brute_force(self, train, test, k):
+        similarity = torch.nn.functional.normalize(test, dim=1) @ torch.nn.functional.normalize(train, dim=1).T
+        values, order = similarity.sort(dim=1, descending=True, stable=True)
+        return values[:, :k], order[:, :k]
+
+    def test_blocks_change_nothing(self):
+        generator = torch.Generator().manual_seed(0)
+        train, test = torch.randn(5000, 8, generator=generator), torch.randn(70, 8, generator=generator)
+        # Blocks of 1,024, the fewest that there are.
+        values, rows = nearest_neighbours(train, test, 20, chunk_size=16, max_bytes=1)
+        expected_values, expected_rows = self.brute_force(train, test, 20)
+        torch.testing.assert_close(values, expected_values)
+        assert torch.equal(rows, expected_rows)
+
+    def test_of_equal_ones_the_first(self):
+        train = torch.ones(3000, 4)
+        values, rows = nearest_neighbours(train, torch.ones(2, 4), 5, max_bytes=1)
+        assert rows.tolist() == [[0, 1, 2, 3, 4]] * 2 and torch.allclose(values, torch.ones(2, 5))
+
+    def test_memory_is_that_of_a_block(self, monkeypatch):
+        largest = []
+        multiply = torch.Tensor.__matmul__
+
+        def watched(self, other):
+            product = multiply(self, other)
+            largest.append(product.numel())
+            return product
+
+        monkeypatch.setattr(torch.Tensor, "__matmul__", watched)
+        nearest_neighbours(torch.randn(20000, 4), torch.randn(600, 4), 3, chunk_size=256, max_bytes=4 * 256 * 2048)
+        assert len(largest) > 20 and max(largest) <= 256 * 2048
+
+
+def test_several_labels_a_picture():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(400, 6, generator=generator)
+    labels = (features[:, :3] > 0).long()
+    labels[::50] = -1
+    train, test = features[:300], features[300:]
+    results = evaluate_features(
+        {"net": {"cls": train}}, {"net": {"cls": test}}, {"tags": labels[:300]}, {"tags": labels[300:]}
+    )
+    scores = results["features"]["net, [CLS]"]
+    assert scores["linear"]["tags"] > 99 and 70 < scores["knn"]["tags"] < 100
+    assert "a picture may have several" in describe_results(results)
+
+
+def test_what_cannot_be_evaluated_is_said_and_the_rest_is():
+    generator = torch.Generator().manual_seed(0)
+    good, bad = torch.randn(60, 4, generator=generator), torch.full((60, 4), float("nan"))
+    features = {"net": {"cls": good, "mean": bad}}
+    labels = {"same": torch.zeros(60, dtype=torch.long), "rare": torch.arange(60).clamp(max=3)}
+    results = evaluate_features(features, features, labels, labels)
+    assert results["features"]["net, mean"] == {
+        "knn": {"same": None, "rare": None},
+        "linear": {"same": None, "rare": None},
+        "rank_me": None,
+    }
+    assert results["features"]["net, [CLS]"]["knn"]["rare"] > 90
+    said = describe_results(results)
+    assert "'net, mean' are not finite" in said and "the same 'same'" in said
+    assert "- / -" in results_table(results)[2]
+    others = {"rare": torch.full((60,), 7)}
+    others["rare"][0] = 1
+    notes = evaluate_features(features, features, {"rare": labels["rare"]}, others)["notes"]
+    assert "1 classes of 'rare' have no training picture, and cannot be told." in notes

@@ -1,5 +1,7 @@
 """Features of any ViT: poolings, caching, processes, and what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -383,3 +385,24 @@ class TestSplits:
         hidden = split(10, {"a": np.full(10, -1), "b": np.arange(10) - 1})
         assert list(shared_labels(train, hidden)[1]) == ["b"]
         assert sorted(test_labels["b"].tolist()) == list(range(10)) and test_labels["b"].dtype == torch.int64
+
+
+def test_files_replaced_by_others_that_look_alike_have_another_fingerprint(tmp_path):
+    """Of the same names, sizes and times, as copying tools leave them."""
+    for index in range(4):
+        np.save(tmp_path / f"{index}.npy", np.full((8, 8, 3), index, dtype=np.uint8))
+    (before,) = from_folder([str(tmp_path)], 3)
+    first, stat = before.fingerprint(), os.stat(tmp_path / "2.npy")
+    np.save(tmp_path / "2.npy", np.full((8, 8, 3), 99, dtype=np.uint8))
+    os.utime(tmp_path / "2.npy", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    (after,) = from_folder([str(tmp_path)], 3)
+    assert os.stat(tmp_path / "2.npy").st_size == stat.st_size
+    assert after.fingerprint() != first
+
+
+def test_several_labels_a_picture_are_there_where_they_are_wanted():
+    labels = {"one": np.arange(4) % 2, "tags": np.array([[1, 0], [0, 0], [1, 1], [-1, -1]])}
+    names = {"one": ["a", "b"], "tags": ["x", "y"]}
+    data = PictureDataset(np.zeros((4, 8, 8, 3), np.uint8), 3, source="made", labels=labels, label_names=names)
+    assert list(shared_labels(data, data)[0]) == ["one"]
+    assert shared_labels(data, data, multi_label=True)[0]["tags"].shape == (4, 2)

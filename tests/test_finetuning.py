@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -771,3 +772,28 @@ class TestModesOfTEC:
         flags = [f"--model_name_or_path={tmp_path / 'encoder'}", "--trainable=encoder_adapters"]
         assert fine_tune(data, tmp_path / "out", *flags) == 1
         assert "no encoder adapters to tune" in capsys.readouterr().err
+
+
+def test_several_labels_a_picture(pretrained, tmp_path, capsys):
+    """From a column of lists to mean average precision, a card and a pipeline."""
+    pixels = np.random.default_rng(0).integers(0, 255, (24, 16, 16, 3), np.uint8)
+    images = [Image.fromarray(picture) for picture in pixels]
+    tags = [[["a"], ["a", "b"], [], ["b", "c"]][index % 4] for index in range(24)]
+    features = datasets.Features({"image": datasets.Image(), "tags": datasets.List(datasets.Value("string"))})
+    table = datasets.Dataset.from_dict({"image": images, "tags": tags}, features=features)
+    table.save_to_disk(tmp_path / "data")
+    flags = [flag for flag in FLAGS if not flag.startswith("--max_steps")]
+    flags += [f"--dataset_name={tmp_path / 'data'}", "--label_column_name=tags", f"--model_name_or_path={pretrained}"]
+    assert main([*flags, f"--output_dir={tmp_path / 'out'}", "--max_steps=3", "--validation_fraction=0.25"]) == 0
+    out = capsys.readouterr().out
+    assert "several a picture" in out and "mixup, cutmix and label smoothing are left out" in out
+    assert "Mean average precision: " in out and "F1: " in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 <= results["mean_average_precision"] <= 100 and "accuracy" not in results
+    assert "Mean average precision in %" in (tmp_path / "out" / "README.md").read_text()
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "out")
+    assert model.config.problem_type == "multi_label_classification"
+    assert model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    answers = pipeline("image-classification", model=str(tmp_path / "out"))(images[0])
+    # The sigmoid of each, not shares of one.
+    assert sum(answer["score"] for answer in answers) != pytest.approx(1.0, abs=1e-3)

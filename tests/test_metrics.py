@@ -10,6 +10,7 @@ import torch
 import hf_mim
 from hf_mim.evaluation.knn import knn_accuracy, rank_me
 from hf_mim.evaluation.linear import linear_probe_accuracy
+from hf_mim.evaluation.multi_label import mean_average_precision
 
 
 @pytest.fixture(autouse=True)
@@ -66,3 +67,28 @@ def test_says_what_is_missing(tmp_path):
         hf_mim.KNNAccuracy(cache_dir=str(tmp_path)).compute(predictions=[[1.0]], references=[0])
     metric = hf_mim.LinearProbeAccuracy(cache_dir=str(tmp_path))
     assert "train_features" in metric.inputs_description and "BatchNorm" not in metric.description
+
+
+def test_mean_average_precision_by_hand():
+    scores = torch.tensor([[0.9, 0.1], [0.8, 0.2], [0.7, 0.2], [0.1, 0.9]])
+    targets = torch.tensor([[1, 0], [0, 1], [1, 0], [0, 0]])
+    # First label: right at places 1 and 3, precisions 1 and 2/3. Second: one right among the three best, two of which
+    # have the same score.
+    assert mean_average_precision(scores, targets) == pytest.approx(100 * ((1 + 2 / 3) / 2 + 1 / 3) / 2)
+    # A label that nobody has counts for nothing.
+    wider = [torch.cat((values, values.new_zeros(4, 1)), dim=1) for values in (scores, targets)]
+    assert mean_average_precision(*wider) == mean_average_precision(scores, targets)
+    with pytest.raises(ValueError, match="No picture has any"):
+        mean_average_precision(scores, torch.zeros(4, 2))
+
+
+def test_multi_label_metrics_are_those_of_sklearn(tmp_path):
+    from sklearn import metrics
+
+    generator = np.random.default_rng(0)
+    scores, targets = generator.random((50, 6)).round(1), (generator.random((50, 6)) < 0.3).astype(int)
+    found = hf_mim.MeanAveragePrecision(cache_dir=str(tmp_path)).compute(predictions=scores, references=targets)
+    expected = 100 * metrics.average_precision_score(targets, scores, average="macro")
+    assert found == {"mean_average_precision": pytest.approx(expected)}
+    found = hf_mim.MultiLabelF1(cache_dir=str(tmp_path)).compute(predictions=scores > 0.5, references=targets)
+    assert found == {"f1": pytest.approx(100 * metrics.f1_score(targets, scores > 0.5, average="micro"))}

@@ -15,6 +15,8 @@ _IN_MODULES = {
     "to_vit": ".hub.vit",
     "KNNAccuracy": ".evaluation.metrics",
     "LinearProbeAccuracy": ".evaluation.metrics",
+    "MeanAveragePrecision": ".evaluation.metrics",
+    "MultiLabelF1": ".evaluation.metrics",
     "RankMe": ".evaluation.metrics",
     "extract_features": ".evaluation.features",
     "MIMImageProcessor": ".data.image_processing",
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from .evaluation.features import extract_features as extract_features
     from .evaluation.metrics import KNNAccuracy as KNNAccuracy
     from .evaluation.metrics import LinearProbeAccuracy as LinearProbeAccuracy
+    from .evaluation.metrics import MeanAveragePrecision as MeanAveragePrecision
+    from .evaluation.metrics import MultiLabelF1 as MultiLabelF1
     from .evaluation.metrics import RankMe as RankMe
     from .hub.original import from_original as from_original
     from .hub.vit import to_vit as to_vit

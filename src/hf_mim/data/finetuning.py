@@ -107,7 +107,8 @@ class LabelledDataset(PretrainingDataset):
 
     Args:
         pictures, transform, skip_broken: As `PretrainingDataset`.
-        labels (`np.ndarray` of shape `(len(pictures),)`): Classes, from 0.
+        labels (`np.ndarray` of shape `(len(pictures),)`): Classes, from 0; or, where a picture may have several, of
+            shape `(len(pictures), num_labels)`: 1 where it has the label, 0 where not.
     """
 
     def __init__(self, pictures, labels: np.ndarray, transform, *, skip_broken: bool = False):
@@ -133,7 +134,7 @@ class EvaluationTransform:
 class MixingCollator:
     """
     Batches; those of training with soft labels (batch_size, num_labels), smoothed, and mixed by mixup or cutmix (each
-    for half of the batches where both are on).
+    for half of the batches where both are on). Of several labels a picture nothing is mixed or smoothed.
 
     Args:
         num_labels (`int`).
@@ -150,6 +151,8 @@ class MixingCollator:
 
     def __call__(self, items: list[dict]) -> dict[str, torch.Tensor]:
         batch = default_collate([{key: item[key] for key in ("pixel_values", "labels")} for item in items])
+        if batch["labels"].ndim == 2:
+            return batch | {"labels": batch["labels"].float()}
         if "mixing_seed" not in items[0]:
             return batch
         pixel_values, labels = batch["pixel_values"], batch["labels"]

@@ -298,7 +298,9 @@ class FilePictures:
         digest = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
         for row in rows:
             status = os.stat(self[row])
-            digest.update(f"{status.st_size} {status.st_mtime_ns} ".encode() + bytes(self.paths[row]) + b"\0")
+            # The time of the last change of the entry cannot be set, as that of the last writing can.
+            times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "
+            digest.update(times.encode() + bytes(self.paths[row]) + b"\0")
         return digest.hexdigest()
 
 

@@ -23,7 +23,7 @@ from .encoders import PIXELS, FeatureEncoder, RawPixels, blocks_read
 logger = logging.get_logger(__name__)
 
 # Raise it whenever the same model, data and transforms would give other features: it is part of the key.
-_VERSION = 1
+_VERSION = 2
 Features = dict[str, dict[str, torch.Tensor]]
 
 _MAX_LABELLED, _MAX_TEST = 10000, 4000
@@ -45,15 +45,17 @@ def labelled_splits(
 
 
 def shared_labels(
-    train: PictureDataset, test: PictureDataset
+    train: PictureDataset, test: PictureDataset, *, multi_label: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
     The labels that both splits have, by name: `torch.LongTensor` of shape `(num_pictures,)`, -1 where there is none.
 
-    A label that no picture of a split has (as in published test sets) is left out, and so are multi-label ones.
+    A label that no picture of a split has (as in published test sets) is left out. With `multi_label` those are there
+    too of which a picture may have several: (num_pictures, num_classes), 1 or 0, a row of -1 where it is not known.
     """
     names = [name for name in train.labels if name in test.labels]
-    names = [name for name in names if not train.multi_label(name) and not test.multi_label(name)]
+    names = [name for name in names if train.multi_label(name) == test.multi_label(name)]
+    names = [name for name in names if multi_label or not train.multi_label(name)]
     names = [name for name in names if all((split.labels[name] >= 0).any() for split in (train, test))]
     return tuple({name: torch.as_tensor(split.labels[name]) for name in names} for split in (train, test))
 
@@ -99,7 +101,9 @@ def extract_features(
     files: dict[tuple[str, str], tuple[Path, dict]] = {}
     features: Features = {name: {} for name in encoders}
     if cache_dir is not None:
-        data = {"pictures": pictures.fingerprint(), "processor": _describe(processor), "bf16": bf16}
+        # What lies there, and what it is: files may be replaced by others of the same names, sizes and times.
+        looked_at = [pictures.fingerprint(), pictures.content_fingerprint()]
+        data = {"pictures": looked_at, "processor": _describe(processor), "bf16": bf16}
         for name, encoder in encoders.items():
             model = encoder.digest()
             for pooling in wanted[name]:

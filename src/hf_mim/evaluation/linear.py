@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .multi_label import mean_average_precision
+
 
 def linear_probe_accuracy(
     train_features: torch.Tensor,
@@ -19,30 +21,38 @@ def linear_probe_accuracy(
 
     Args:
         train_features (`torch.Tensor` of shape `(num_train, dim)`), test_features (`(num_test, dim)`).
-        train_labels (`torch.LongTensor` of shape `(num_train,)`), test_labels (`(num_test,)`): Classes, from 0.
+        train_labels (`torch.LongTensor` of shape `(num_train,)`), test_labels (`(num_test,)`): Classes, from 0; or, of
+            several labels a picture, of shape `(num, num_labels)`, 1 or 0: a logistic regression a label.
         weight_decay (`float`, defaults to 1e-3): Times half the squared weights, added to the mean cross-entropy.
         max_iterations (`int`, defaults to 100): Of L-BFGS.
 
     Returns:
-        `float`: share of `test_labels`, in percent, that is got right.
+        `float`: share of `test_labels`, in percent, that is got right; of several labels a picture the mean average
+        precision.
     """
     mean, std = train_features.mean(dim=0), train_features.std(dim=0, correction=0)
     # A feature that never changes says nothing, and must not be divided by zero.
     std = torch.where(std > 1e-6, std, 1.0)
     train, test = (train_features - mean) / std, (test_features - mean) / std
-    num_classes = int(max(train_labels.max(), test_labels.max())) + 1
+    multi_label = train_labels.ndim == 2
+    num_classes = train_labels.shape[1] if multi_label else int(max(train_labels.max(), test_labels.max())) + 1
+    targets = train_labels.to(train.dtype) if multi_label else train_labels
+    cross_entropy = nn.functional.binary_cross_entropy_with_logits if multi_label else nn.functional.cross_entropy
     weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
     bias = torch.zeros(num_classes, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(nn.functional.linear(train, weight, bias), train_labels)
+        loss = cross_entropy(nn.functional.linear(train, weight, bias), targets)
         loss = loss + 0.5 * weight_decay * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
     with torch.no_grad():
-        predicted = nn.functional.linear(test, weight, bias).argmax(dim=1)
+        logits = nn.functional.linear(test, weight, bias)
+    if multi_label:
+        return mean_average_precision(logits, test_labels)
+    predicted = logits.argmax(dim=1)
     return 100.0 * (predicted == test_labels).double().mean().item()

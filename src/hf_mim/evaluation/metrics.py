@@ -6,6 +6,7 @@ import torch
 
 from .knn import knn_accuracy, rank_me
 from .linear import linear_probe_accuracy
+from .multi_label import f1_score, mean_average_precision
 
 _FEATURES = datasets.Sequence(datasets.Value("float32"))
 _LABELLED_INPUTS = """
@@ -82,3 +83,41 @@ class RankMe(evaluate.Metric):
 
     def _compute(self, predictions):
         return {"rank_me": rank_me(torch.tensor(predictions, dtype=torch.float32))}
+
+
+class MeanAveragePrecision(evaluate.Metric):
+    """
+    `MeanAveragePrecision().compute(predictions=scores, references=targets)` -> `{"mean_average_precision": percent}`,
+    of several labels a picture. See [`mean_average_precision`].
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="The mean over labels of the average precision, in percent.",
+            citation="",
+            inputs_description="\nArgs:\n    predictions: Scores, (num_pictures, num_labels).\n"
+            "    references: 1 where a picture has the label, 0 where not, (num_pictures, num_labels).\n",
+            features=datasets.Features({"predictions": _FEATURES, "references": _FEATURES}),
+        )
+
+    def _compute(self, predictions, references):
+        scores, targets = torch.tensor(predictions), torch.tensor(references)
+        return {"mean_average_precision": mean_average_precision(scores, targets)}
+
+
+class MultiLabelF1(evaluate.Metric):
+    """
+    `MultiLabelF1().compute(predictions=predicted, references=targets)` -> `{"f1": percent}`, micro-averaged. See
+    [`f1_score`].
+    """
+
+    def _info(self):
+        return evaluate.MetricInfo(
+            description="F1 over all labels and pictures together, in percent.",
+            citation="",
+            inputs_description="\nArgs:\n    predictions, references: 1 or 0, (num_pictures, num_labels).\n",
+            features=datasets.Features({"predictions": _FEATURES, "references": _FEATURES}),
+        )
+
+    def _compute(self, predictions, references):
+        return {"f1": f1_score(torch.tensor(predictions), torch.tensor(references))}

@@ -47,7 +47,7 @@ class OnlineEvaluation:
                 "leave out --streaming, or these two."
             )
         self.train, self.test = labelled_splits(pictures, skip_broken=skip_broken)
-        self.train_labels, self.test_labels = shared_labels(self.train, self.test)
+        self.train_labels, self.test_labels = shared_labels(self.train, self.test, multi_label=True)
         check_labelled(pictures, self.train_labels, "--eval_knn and --online_probe need them")
         self.processor, self.pooling = processor, pooling
         self.num_workers, self.bf16 = num_workers, bf16

@@ -22,11 +22,13 @@ def evaluate_features(
 
     Args:
         train, test: As `extract_features` gives.
-        train_labels, test_labels: By name, `torch.LongTensor` of shape `(num_pictures,)`; -1 where there is none.
+        train_labels, test_labels: By name, `torch.LongTensor` of shape `(num_pictures,)`; -1 where there is none. Or,
+            of several labels a picture, `(num_pictures, num_labels)`.
 
     Returns:
-        `dict` for JSON: `num_train`, `num_test`, and `features`: by name, `knn` and `linear` (percent by label) and
-        `rank_me` (None for raw pixels).
+        `dict` for JSON: `num_train`, `num_test`, `notes` (what is to be known of the numbers), and `features`: by
+        name, `knn` and `linear` (percent by label; None of features that are not finite) and `rank_me` (None for raw
+        pixels, and features that are not finite).
     """
     pairs = {
         feature_name(name, pooling): (features, test[name][pooling])
@@ -35,7 +37,14 @@ def evaluate_features(
     }
     first_train, first_test = next(iter(pairs.values()))
     results = {"num_train": len(first_train), "num_test": len(first_test), "features": {}}
+    results["notes"] = [note for label in train_labels for note in _notes(label, train_labels, test_labels)]
     for name, (train_features, test_features) in pairs.items():
+        finite = bool(train_features.isfinite().all() and test_features.isfinite().all())
+        if not finite:
+            results["notes"].append(f"The features {name!r} are not finite: they are not evaluated.")
+            scores = {"knn": dict.fromkeys(train_labels), "linear": dict.fromkeys(train_labels), "rank_me": None}
+            results["features"][name] = scores
+            continue
         scores = {"knn": {}, "linear": {}, "rank_me": None if name == RAW_PIXELS else rank_me(test_features)}
         for label in train_labels:
             split = (
@@ -48,9 +57,21 @@ def evaluate_features(
     return results
 
 
+def _notes(label: str, train_labels: dict[str, torch.Tensor], test_labels: dict[str, torch.Tensor]) -> list[str]:
+    if train_labels[label].ndim == 2:
+        return [f"Of {label!r} a picture may have several: what is given is the mean average precision."]
+    train, test = (labels[label][labels[label] >= 0] for labels in (train_labels, test_labels))
+    if len(test.unique()) == 1:
+        return [f"All held-out pictures have the same {label!r}: how often it is told says nothing."]
+    unseen = sorted(set(test.unique().tolist()) - set(train.unique().tolist()))
+    if unseen:
+        return [f"{len(unseen)} classes of {label!r} have no training picture, and cannot be told."]
+    return []
+
+
 def labelled(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The rows that have a label (not -1)."""
-    known = labels >= 0
+    known = labels >= 0 if labels.ndim == 1 else (labels >= 0).all(dim=1)
     return (features, labels) if known.all() else (features[known], labels[known])
 
 
@@ -67,8 +88,13 @@ def results_table(results: dict) -> list[list[str]]:
     rows = [["features", *labels, "RankMe"]]
     for name, scores in results["features"].items():
         rank = "" if scores["rank_me"] is None else f"{scores['rank_me']:.1f}"
-        rows.append([name, *(f"{scores['knn'][label]:.1f} / {scores['linear'][label]:.1f}" for label in labels), rank])
+        cells = [f"{_number(scores['knn'][label])} / {_number(scores['linear'][label])}" for label in labels]
+        rows.append([name, *cells, rank])
     return rows
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
 
 
 def describe_results(results: dict) -> str:
@@ -77,7 +103,8 @@ def describe_results(results: dict) -> str:
     few = few_pictures(test)
     if not next(iter(results["features"].values()))["knn"]:
         return f"The data has no labels: RankMe of the features of {test} held-out pictures{few}"
-    return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out{few})"
+    notes = "".join(f". {note.rstrip('.')}" for note in results.get("notes", ()))
+    return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out{few}){notes}"
 
 
 def few_pictures(number: int) -> str:

@@ -130,7 +130,7 @@ pipeline("image-classification", "{name}")(image)
 
 {training}
 
-## Accuracy in %
+## {score} in %
 
 | held out ({num_test} pictures) | {names} |
 |---{rules}|
@@ -138,10 +138,18 @@ pipeline("image-classification", "{name}")(image)
 """
 
 
+def main_score(results: dict) -> float:
+    """Of a classifier's results in percent: accuracy, or of several labels a picture mean average precision."""
+    return results["mean_average_precision"] if "mean_average_precision" in results else results["accuracy"]
+
+
 def write_classifier_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict) -> Path:
-    """As `write_card`, of a classifier; `results` has `accuracy`, `num_test`, and `robustness` by test set."""
+    """
+    As `write_card`, of a classifier; `results` has `accuracy` or `mean_average_precision`, `num_test`, and
+    `robustness` by test set.
+    """
     robustness = results["robustness"]
-    accuracies = [results["accuracy"], *(metrics["accuracy"] for metrics in robustness.values())]
+    accuracies = [main_score(metrics) for metrics in (results, *robustness.values())]
     return write_text(
         Path(folder) / "README.md",
         _CLASSIFIER_TEMPLATE.format(
@@ -151,6 +159,7 @@ def write_classifier_card(folder: str | Path, name: str, config, training: dict[
             depth=config.num_hidden_layers,
             name=name,
             training="\n".join(f"- {name}: {value}" for name, value in training.items()),
+            score="Mean average precision" if "mean_average_precision" in results else "Accuracy",
             num_test=results["num_test"],
             names=" | ".join(robustness),
             rules="|---" * len(robustness),

@@ -17,7 +17,7 @@ from ..evaluation.pictures import draw_loss_curves
 from ..evaluation.report import few_pictures
 from ..evaluation.robustness import match_classes
 from ..files import write_json
-from ..hub.cards import write_classifier_card
+from ..hub.cards import main_score, write_classifier_card
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
@@ -156,6 +156,14 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
     names = pictures.train.label_names[label]
     config.id2label = dict(enumerate(names))
     config.label2id = {name: number for number, name in config.id2label.items()}
+    multi_label = pictures.train.multi_label(label)
+    config.problem_type = "multi_label_classification" if multi_label else None
+    if multi_label:
+        if args.robustness_sets:
+            raise ValueError(f"--robustness_sets are of one class a picture, and {label!r} may have several.")
+        if args.mixup or args.cutmix or args.label_smoothing_factor:
+            say(f"Pictures may have several classes of {label!r}: mixup, cutmix and label smoothing are left out.")
+            args.mixup = args.cutmix = args.label_smoothing_factor = 0.0
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint, config)
     first = check_pictures(pictures.train, skip_broken=data_args.skip_broken_images)
     check_pictures(pictures.validation, skip_broken=data_args.skip_broken_images)
@@ -199,10 +207,12 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
         check_same_run(args.output_dir, trainer.run_record)
     interrupt = SaveOnInterrupt(trainer)
     trainer.add_callback(interrupt)
-    unseen = len(names) - len(np.unique(pictures.train.labels[label]))
+    seen = pictures.train.labels[label]
+    unseen = len(names) - (int(seen.any(axis=0).sum()) if multi_label else len(np.unique(seen)))
     say(
         f"{type(model).__name__}: {describe_trainable(model)}; {len(pictures.train)} training and "
         f"{len(pictures.validation)} held-out pictures, {len(names)} classes of {label!r}"
+        f"{', several a picture' if multi_label else ''}"
         f"{f' ({unseen} without a training picture)' if unseen else ''}; effective batch "
         f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, "
         f"{args.precision} on {args.device}."
@@ -270,6 +280,8 @@ def choose_label(pictures: PictureSplits, wanted: str | None) -> str:
         )
     for split in (train, validation):
         values = split.labels[label]
+        # Of several labels a picture, a row of -1 where none is known.
+        values = values.min(axis=1) if split.multi_label(label) else values
         if values.min() < 0 or values.max() >= len(names):
             wrong = int(((values < 0) | (values >= len(names))).sum())
             raise ValueError(f"{wrong} of {len(values)} pictures of {split.source} have no class of {label!r}.")
@@ -331,7 +343,7 @@ def _name_and_folder(text: str) -> tuple[str, str]:
 
 def _plain_metrics(metrics: dict[str, float], name: str | None = None) -> dict[str, float]:
     prefix = "eval_" if name is None else f"eval_{name}_"
-    wanted = ("loss", "accuracy", "top5_accuracy")
+    wanted = ("loss", "accuracy", "top5_accuracy", "mean_average_precision", "f1")
     return {key: metrics[prefix + key] for key in wanted if prefix + key in metrics}
 
 
@@ -355,7 +367,11 @@ def write_results(trainer, model_args, data_args, results: dict) -> None:
     }
     write_classifier_card(folder, args.hub_model_id or str(folder), trainer.model.config, training, results)
     tested = results["num_test"]
-    say(f"\nAccuracy: {results['accuracy']:.2f} % of {tested} held-out pictures{few_pictures(tested)}.")
+    score = f"{main_score(results):.2f} % of {tested} held-out pictures{few_pictures(tested)}"
+    if "f1" in results:
+        say(f"\nMean average precision: {score}; F1: {results['f1']:.2f} %.")
+    else:
+        say(f"\nAccuracy: {score}.")
     for name, metrics in results["robustness"].items():
         say(f"{name}: {metrics['accuracy']:.2f} %.")
     say(f"The classifier is in {folder}: pipeline('image-classification', {str(folder)!r}) after `import hf_mim`.")

@@ -321,7 +321,7 @@ def evaluate(folders: dict[str, str], config, pictures: PictureSplits, processor
         )
         for split in splits
     ]
-    return evaluate_features(*features, *shared_labels(*splits))
+    return evaluate_features(*features, *shared_labels(*splits, multi_label=True))
 
 
 def format_results(results: dict) -> str:

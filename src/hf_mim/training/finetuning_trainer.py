@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import EvalPrediction
 
+from ..evaluation.multi_label import f1_score, mean_average_precision
 from .base_trainer import ViTTrainer
 from .layer_decay import layer_decay_groups
 
@@ -20,16 +21,19 @@ class FineTuningTrainer(ViTTrainer):
     """
     [`ViTTrainer`] (exact resuming, losses that are not finite, matrices decayed) for classifiers: cross-entropy with
     soft labels for whatever model has logits, learning rates that fall with depth, accuracy, and averaged weights.
+    With `config.problem_type` "multi_label_classification": binary cross-entropy, mean average precision and F1.
 
     Args:
         As `Trainer`; `args` is a [`FineTuningArguments`], data sets are `LabelledDataset`s.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, model: nn.Module, *args, **kwargs):
+        self.is_multi_label = getattr(model.config, "problem_type", None) == "multi_label_classification"
         super().__init__(
+            model,
             *args,
-            compute_metrics=_accuracy,
-            preprocess_logits_for_metrics=lambda logits, labels: logits.topk(min(5, logits.shape[1])).indices,
+            compute_metrics=_precision_and_f1 if self.is_multi_label else _accuracy,
+            preprocess_logits_for_metrics=None if self.is_multi_label else _likeliest,
             **kwargs,
         )
         # The loss is a mean over the batch, whatever arguments the model's forward takes; without this the Trainer
@@ -44,7 +48,8 @@ class FineTuningTrainer(ViTTrainer):
         # Not the model's own loss: transformers' takes soft labels for those of a multi-label problem, with a loss for
         # that, and writes it into the config.
         outputs = model(pixel_values=inputs["pixel_values"])
-        return nn.functional.cross_entropy(outputs.logits.float(), inputs["labels"]), outputs
+        loss = nn.functional.binary_cross_entropy_with_logits if self.is_multi_label else nn.functional.cross_entropy
+        return loss(outputs.logits.float(), inputs["labels"]), outputs
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -134,6 +139,20 @@ class FineTuningTrainer(ViTTrainer):
         super().save_model(output_dir, _internal_call)
         if self.average and self.args.should_save:
             save_file({name: value.contiguous() for name, value in self.average.items()}, Path(output_dir) / _AVERAGE)
+
+
+def _likeliest(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """What is kept of the predictions: a few classes a picture."""
+    return logits.topk(min(5, logits.shape[1])).indices
+
+
+def _precision_and_f1(prediction: EvalPrediction) -> dict[str, float]:
+    """Mean average precision over the labels, and F1 of those that are rather true than not, in percent."""
+    logits, targets = torch.as_tensor(prediction.predictions), torch.as_tensor(prediction.label_ids)
+    return {
+        "mean_average_precision": mean_average_precision(logits, targets),
+        "f1": f1_score(logits > 0, targets),
+    }
 
 
 def _accuracy(prediction: EvalPrediction) -> dict[str, float]:
