@@ -245,7 +245,7 @@ class TestSaving:
 
             monkeypatch.setattr(transformers.Trainer, method, stopped)
             # A killed process tidies nothing up.
-            monkeypatch.setattr("hf_mim.training.base_trainer.shutil.rmtree", lambda *args, **kwargs: None)
+            monkeypatch.setattr("hf_mim.training.saving.shutil.rmtree", lambda *args, **kwargs: None)
             return Killed
 
         return stop_after

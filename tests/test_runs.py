@@ -140,7 +140,7 @@ class TestContentFingerprint:
         read = []
         values = np.zeros((3000, 2, 2, 3), dtype=np.uint8)
         data = PictureDataset(values, 3, source="x")
-        monkeypatch.setattr(PictureDataset, "_value", lambda self, index: read.append(index) or values[index])
+        monkeypatch.setattr(PictureDataset, "stored", lambda self, index: read.append(index) or values[index])
         data.content_fingerprint()
         assert len(read) == 256 and read[0] == 0 and read[-1] == 2999
 

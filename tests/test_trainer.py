@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback
 from hf_mim import PiLaMIMForPreTraining
 from hf_mim.data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from hf_mim.data.transforms import PretrainingTransform
-from hf_mim.training.base_trainer import LossMeter, NonFiniteLossError
 from hf_mim.training.callbacks import SaveOnInterrupt
+from hf_mim.training.losses import LossMeter, NonFiniteLossError
 from tiny_training import pictures, tiny_config, tiny_data, tiny_trainer
 
 

@@ -23,12 +23,13 @@ from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
 from ..training.building import build_classifier, build_classifier_config, trained_normalization
 from ..training.callbacks import SaveOnInterrupt
-from ..training.checkpoints import check_same_run, checkpoint_to_resume
+from ..training.checkpoints import checkpoint_to_resume
 from ..training.command import ClassifierArguments, parse_arguments, say
 from ..training.errors import run_job
 from ..training.finetuning_trainer import FineTuningTrainer
 from ..training.presets import FINE_TUNING_PRESETS
 from ..training.run_lock import only_run_in
+from ..training.run_record import check_same_run
 from ..training.trainable import add_lora, describe_trainable, set_trainable
 
 

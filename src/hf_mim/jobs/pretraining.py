@@ -32,11 +32,11 @@ from ..training.building import (
     trained_normalization,
 )
 from ..training.callbacks import LogReconstructions, SaveOnInterrupt
-from ..training.checkpoints import check_same_run
 from ..training.command import ModelArguments, parse_arguments, say
 from ..training.datasets import HeldOutTransform
 from ..training.errors import run_job
 from ..training.run_lock import only_run_in
+from ..training.run_record import check_same_run
 from ..training.stages import (
     check_finished_stages,
     mark_finished,

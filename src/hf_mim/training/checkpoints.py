@@ -1,6 +1,5 @@
 """
-Checkpoints that are whole or not there, which one to go on from, and the record of what decided a run's result, so
-that no other run is taken for it.
+Checkpoints: written so that they are whole or not there, checked, chosen to go on from, set aside.
 
 While it is written, a checkpoint (and the model at the end) lies in `output_dir/_saving`, and gets its name when it is
 whole. Whatever is left there was not finished.
@@ -17,16 +16,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..files import write_json
 from ..models.vit.sizes import as_pair
 
 logger = logging.get_logger(__name__)
-
-# What a run wrote is described in this file, beside the weights.
-RUN_RECORD = "run.json"
-
-# In a record, what tells the pictures: they are the same if all but the first are, which says where they lie.
-_OF_PICTURES = ("data", "num_pictures", "fingerprint")
 
 # How the pictures are normalised: of the data, which is read after this check.
 _OF_DATA = ("image_mean", "image_std")
@@ -217,36 +209,6 @@ def set_later_checkpoints_aside(output_dir: str | Path, start: str | None) -> No
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[-1])
-
-
-def write_record(folder: str | Path, record: dict) -> None:
-    """Writes what decided a run's result (`decides`), and what else is worth knowing of it, beside its weights."""
-    write_json(Path(folder) / RUN_RECORD, record)
-
-
-def check_same_run(folder: str | Path, record: dict, what: str = "holds another run") -> None:
-    """
-    Raises ValueError if what is in `folder` came from a run that decided its result otherwise than `record` does: by
-    other pictures, another seed, batch, schedule, learning rate, augmentation or precision. A folder without a record
-    is of a version that wrote none.
-    """
-    try:
-        saved = json.loads((Path(folder) / RUN_RECORD).read_text())["decides"]
-    except FileNotFoundError:
-        return
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{Path(folder) / RUN_RECORD} cannot be read ({error!r}): delete it to go on.") from error
-    wanted = json.loads(json.dumps(record["decides"]))
-    names = [name for name in wanted if name in saved and saved[name] != wanted[name] and name not in _OF_PICTURES]
-    differences = [f"{name}: {saved[name]!r} there, {wanted[name]!r} here" for name in names]
-    if any(saved.get(name) != wanted.get(name) for name in _OF_PICTURES[1:]):
-        there, here = (f"{of['data']} ({of['num_pictures']} pictures)" for of in (saved, wanted))
-        differences.insert(0, f"data: {there} there, {here} here{', with other contents' if there == here else ''}")
-    if differences:
-        raise ValueError(
-            f"{folder} {what} ({'; '.join(differences)}). Choose another --output_dir, or the same settings as that "
-            "run, or pass --resume_from_checkpoint false to start from zero."
-        )
 
 
 def _differences(saved: dict, wanted: PreTrainedConfig) -> list[str]:

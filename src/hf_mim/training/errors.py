@@ -14,7 +14,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..data.pictures import BrokenPictureError
-from .base_trainer import NonFiniteLossError
+from .losses import NonFiniteLossError
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 

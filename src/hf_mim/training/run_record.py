@@ -1,7 +1,9 @@
 """What decided the result of a run: written beside its weights, compared before going on, and told by its card."""
 
 import hashlib
+import json
 import platform
+from pathlib import Path
 
 import accelerate
 import numpy as np
@@ -9,7 +11,13 @@ import torch
 import transformers
 
 from .. import __version__
+from ..files import write_json
 from .arguments import ViTTrainingArguments
+
+# Beside the weights.
+_NAME = "run.json"
+# What tells the pictures: they are the same if all but the first are, which says where they lie.
+_OF_PICTURES = ("data", "num_pictures", "fingerprint")
 
 
 def run_record(model, args: ViTTrainingArguments, train_dataset, settings: dict) -> dict:
@@ -61,3 +69,33 @@ def describe_pictures(train_dataset) -> dict:
         "num_pictures": len(train_dataset) if hasattr(train_dataset, "__len__") else None,
         "fingerprint": fingerprint,
     }
+
+
+def write_record(folder: str | Path, record: dict) -> None:
+    """Writes what decided a run's result (`decides`), and what else is worth knowing of it, beside its weights."""
+    write_json(Path(folder) / _NAME, record)
+
+
+def check_same_run(folder: str | Path, record: dict, what: str = "holds another run") -> None:
+    """
+    Raises ValueError if what is in `folder` came from a run that decided its result otherwise than `record` does: by
+    other pictures, another seed, batch, schedule, learning rate, augmentation or precision. A folder without a record
+    is of a version that wrote none.
+    """
+    try:
+        saved = json.loads((Path(folder) / _NAME).read_text())["decides"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{Path(folder) / _NAME} cannot be read ({error!r}): delete it to go on.") from error
+    wanted = json.loads(json.dumps(record["decides"]))
+    names = [name for name in wanted if name in saved and saved[name] != wanted[name] and name not in _OF_PICTURES]
+    differences = [f"{name}: {saved[name]!r} there, {wanted[name]!r} here" for name in names]
+    if any(saved.get(name) != wanted.get(name) for name in _OF_PICTURES[1:]):
+        there, here = (f"{of['data']} ({of['num_pictures']} pictures)" for of in (saved, wanted))
+        differences.insert(0, f"data: {there} there, {here} here{', with other contents' if there == here else ''}")
+    if differences:
+        raise ValueError(
+            f"{folder} {what} ({'; '.join(differences)}). Choose another --output_dir, or the same settings as that "
+            "run, or pass --resume_from_checkpoint false to start from zero."
+        )

@@ -15,11 +15,11 @@ from ..files import write_json
 from .arguments import MIMTrainingArguments
 from .checkpoints import (
     check_same_config,
-    check_same_run,
     checkpoint_to_resume,
     find_damaged_weights,
     unused_path,
 )
+from .run_record import check_same_run
 
 logger = logging.get_logger(__name__)
 
