@@ -414,7 +414,8 @@ class TestPlainMessages:
         full = OSError(28, "No space left on device", "events.out")
         assert plain_message(raised(trainer(full).train)) == "[Errno 28] No space left on device: 'events.out'"
         assert plain_message(raised(trainer(BrokenPictureError("a.png: empty.")).train)) == (
-            "a.png: empty. Remove it, or pass --skip_broken_images to leave such pictures out."
+            "a.png: empty. Remove it, or pass --skip_broken_images to leave such pictures out. `hf_mim check` with "
+            "the same flags lists all of them."
         )
         few = tiny_trainer(tmp_path, per_device_train_batch_size=64)
         assert "20 pictures, fewer than the 64" in plain_message(raised(few.train))

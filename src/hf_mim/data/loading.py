@@ -136,6 +136,14 @@ def _load_folders(args: DataArguments):
     return train, validation[0] if validation else None
 
 
+def open_folder(root: str, num_channels: int) -> PictureDataset:
+    """The pictures of a folder, of pictures or of idx files; where it holds splits, those to train on."""
+    args = DataArguments(train_dir=root, num_channels=num_channels)
+    if has_idx_files(root):
+        return _choose_idx(root, args)[0]
+    return from_folder([_choose_folders(root, args)[0]], num_channels)[0]
+
+
 def _choose_folders(root: str, args: DataArguments) -> tuple[str, str | None]:
     splits = folder_splits(root)
     if splits is None:

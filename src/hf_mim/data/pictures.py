@@ -58,6 +58,14 @@ class BrokenPictureError(ValueError):
     """
 
 
+class MissingPictureError(BrokenPictureError):
+    """There is no picture: a row without one, or a file that is not there."""
+
+
+class OversizedPictureError(BrokenPictureError):
+    """A picture of more pixels than are decoded."""
+
+
 def read_picture(
     value, num_channels: int = 3, *, name: str | None = None, max_image_pixels: int | None = None
 ) -> torch.Tensor:
@@ -88,7 +96,7 @@ def read_picture(
         name = name or path
         value = value["bytes"] if value.get("bytes") is not None else path
     if value is None:
-        raise BrokenPictureError(f"{name or 'picture'}: the picture is missing (None).")
+        raise MissingPictureError(f"{name or 'picture'}: the picture is missing (None).")
     if isinstance(value, str | os.PathLike):
         name = name or os.fspath(value)
         value = _read_file(value, name)
@@ -117,6 +125,8 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
                 return file.read()
         with open(path, "rb") as file:
             return file.read()
+    except FileNotFoundError as error:
+        raise MissingPictureError(f"{name}: there is no such file.") from error
     except OSError as error:
         raise BrokenPictureError(f"{name}: cannot be read: {error}") from error
 
@@ -126,7 +136,7 @@ def pixel_limit(name: str, limit: int | None = None) -> Iterator:
     """Within, PIL's own limit is off; what is yielded has to be called with each picture before it is decoded.
 
     Raises:
-        BrokenPictureError: by that call, with the picture's size and the way out.
+        OversizedPictureError: by that call, with the picture's size and the way out.
     """
     from PIL import Image
 
@@ -135,7 +145,7 @@ def pixel_limit(name: str, limit: int | None = None) -> Iterator:
     def check(image) -> None:
         width, height = image.size
         if width * height > limit:
-            raise BrokenPictureError(
+            raise OversizedPictureError(
                 f"{name}: {width} x {height} are {width * height} pixels, and pictures of more than {limit} are not "
                 f"decoded. If you trust it: --max_image_pixels {width * height}."
             )
@@ -303,5 +313,5 @@ def _to_uint8_or_float32(array: np.ndarray, name: str) -> np.ndarray:
 def _channel_error(name: str, found: str, expected: int, suggestion: int) -> ValueError:
     return ValueError(
         f"{name}: has {found} channels, expected {expected}. Pass --num_channels {suggestion} if all pictures are "
-        "like it, or convert or remove it."
+        "like it, or convert or remove it. `hf_mim check` with the same flags lists all such pictures."
     )

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from .hub_sources import from_datasets, from_stream
-from .sources import PictureDataset, PictureStream, check_folder, from_folder, from_idx, has_idx_files
+from .loading import open_folder
+from .sources import PictureDataset, PictureStream, check_folder
 
 # Where a dict has its image, if it has more than one value that could be.
 _USUAL_KEYS = ("image", "img", "images", "picture")
@@ -18,10 +19,10 @@ def open_images(data, num_channels: int, *, image_column: str | None = None) -> 
     The images of what a user has, read by the rule of `read_picture`.
 
     Args:
-        data: A folder (of images, with or without sub-folders, or of idx files); a list of paths, PIL images, arrays
-            or tensors; an array (N, height, width[, channels]); a `datasets.Dataset` or `IterableDataset`; or any
-            map-style data set whose items are an image (PIL, array, tensor, path), a tuple that begins with one, or a
-            dict that holds one.
+        data: A folder (of images, with or without sub-folders, or of idx files; of splits, that to train on); a list
+            of paths, PIL images, arrays or tensors; an array (N, height, width[, channels]); a `datasets.Dataset` or
+            `IterableDataset`; or any map-style data set whose items are an image (PIL, array, tensor, path), a tuple
+            that begins with one, or a dict that holds one.
         num_channels (`int`): Of every image.
         image_column (`str`, *optional*): Where dicts have several values that could be the image.
 
@@ -31,11 +32,7 @@ def open_images(data, num_channels: int, *, image_column: str | None = None) -> 
     if isinstance(data, PictureDataset | PictureStream):
         return data
     if isinstance(data, str | os.PathLike):
-        root = check_folder(data)
-        if not has_idx_files(root):
-            return from_folder([root], num_channels)[0]
-        splits = from_idx(root, num_channels)
-        return splits["train" if "train" in splits else "test"]
+        return open_folder(check_folder(data), num_channels)
     source = f"the data ({type(data).__name__})"
     if isinstance(data, torch.utils.data.IterableDataset) and type(data).__module__.split(".")[0] == "datasets":
         return from_stream(data, num_channels, source=source, image_column=image_column)

@@ -126,7 +126,7 @@ class PictureDataset(Dataset):
         for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).round().astype(np.int64)).tolist():
             # A broken picture counts as an empty one.
             with contextlib.suppress(OSError, BrokenPictureError):
-                digest.update(_stored_bytes(self.stored(index)))
+                digest.update(stored_bytes(self.stored(index)))
         return digest.hexdigest()
 
     def _name(self, index: int, value) -> str:
@@ -263,7 +263,7 @@ def label_numbers(values: list, names: list[str]) -> np.ndarray:
     return column
 
 
-def _stored_bytes(value) -> bytes:
+def stored_bytes(value) -> bytes:
     """What is stored of a picture, of any kind that `read_picture` takes; nothing of one that is missing."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]

@@ -67,7 +67,10 @@ def plain_message(error: Exception) -> str | None:
         )
     before_training = Trainer.train.__code__ not in frames
     if isinstance(error, BrokenPictureError):
-        return f"{text} Remove it, or pass --skip_broken_images to leave such pictures out."
+        return (
+            f"{text} Remove it, or pass --skip_broken_images to leave such pictures out. `hf_mim check` with the same "
+            "flags lists all of them."
+        )
     if isinstance(error, NonFiniteLossError) or getattr(error, "filename", None) is not None:
         return text
     if isinstance(error, ImportError) and raised_in.startswith(_PACKAGE) and "pip install" in text:
