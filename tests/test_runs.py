@@ -69,15 +69,18 @@ class TestAnotherRun:
         assert said in line and "another --output_dir" in line and "--resume_from_checkpoint false" in line
         assert (run / "model.safetensors").read_bytes() == weights
 
-    def test_other_pictures_of_the_same_names_and_sizes(self, run, tmp_path, capsys):
+    def test_other_pictures_of_the_same_names_and_sizes(self, run, folder, tmp_path, capsys):
         other = write_pictures(tmp_path / "other", 22, seed=1)
         assert pretraining.main([*FLAGS, *RUN, f"--train_dir={other}", f"--output_dir={run}"]) == 1
         assert "(data: " in (line := error_of(capsys)) and str(other) in line
         # Without a checkpoint it is the finished model that would be taken for the new one's.
+        larger = [flag.replace("hidden_size=32", "hidden_size=64") for flag in FLAGS]
         for checkpoint in run.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
         assert pretraining.main([*FLAGS, *RUN, f"--train_dir={other}", f"--output_dir={run}"]) == 1
         assert str(other) in error_of(capsys)
+        assert pretraining.main([*larger, *RUN, f"--train_dir={folder}", f"--output_dir={run}"]) == 1
+        assert "another model (" in (line := error_of(capsys)) and "hidden_size: 32 there, 64 here" in line
         flags = [*FLAGS, *RUN, f"--train_dir={other}", f"--output_dir={run}", "--resume_from_checkpoint=false"]
         assert pretraining.main(flags) == 0
         assert json.loads((run / "run.json").read_text())["decides"]["data"] == str(other)
@@ -166,6 +169,15 @@ class TestOneRunAFolder:
                 process.send_signal(signal.SIGKILL)
         with only_run_in(tmp_path / "out"):
             assert (tmp_path / "out").is_dir()
+
+    def test_deletes_what_a_killed_process_had_begun(self, tmp_path):
+        for name in (".features.123.tmp.json", ".hidden.json", "mine.1.tmp.json", "reconstructions/.step-5.7.tmp.png"):
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).touch()
+        with only_run_in(tmp_path):
+            assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
+                *(".lock", ".hidden.json", "mine.1.tmp.json")
+            }
 
     def test_leaves_nothing(self, tmp_path):
         with only_run_in(tmp_path / "out"):

@@ -3,8 +3,19 @@
 import contextlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+
+# How `replacing` calls a file that is being written.
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp(\.\w+)?")
+
+
+def remove_leftovers(folder: str | os.PathLike) -> None:
+    """Deletes what processes that were killed had begun to write in a folder."""
+    for path in Path(folder).glob(".*.tmp*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

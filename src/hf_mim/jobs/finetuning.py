@@ -29,7 +29,6 @@ from ..training.errors import run_job
 from ..training.finetuning_trainer import FineTuningTrainer
 from ..training.presets import FINE_TUNING_PRESETS
 from ..training.run_lock import only_run_in
-from ..training.run_record import check_same_run
 from ..training.trainable import add_lora, describe_trainable, set_trainable
 
 
@@ -204,8 +203,7 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
             "image_std": list(map(float, std)),
         },
     )
-    if str(args.resume_from_checkpoint).lower() != "false":
-        check_same_run(args.output_dir, trainer.run_record)
+    trainer.check_output_dir()
     interrupt = SaveOnInterrupt(trainer)
     trainer.add_callback(interrupt)
     seen = pictures.train.labels[label]

@@ -36,7 +36,6 @@ from ..training.command import ModelArguments, parse_arguments, say
 from ..training.datasets import HeldOutTransform
 from ..training.errors import run_job
 from ..training.run_lock import only_run_in
-from ..training.run_record import check_same_run
 from ..training.stages import (
     check_finished_stages,
     mark_finished,
@@ -123,8 +122,8 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
         trainer.feature_evaluation = feature_evaluation
         if stage == first:
             check_finished_stages(stages, first, trainer.run_record)
-            if len(stages) == 1 and str(args.resume_from_checkpoint).lower() != "false":
-                check_same_run(args.output_dir, trainer.run_record)
+            if len(stages) == 1:
+                trainer.check_output_dir()
         shown = trainer.data_collator([held_out[0, index] for index in spread_indices(len(held_out), _NUM_SHOWN)])
         reconstructions = LogReconstructions(trainer, shown, mean, std)
         interrupt = SaveOnInterrupt(trainer)

@@ -171,7 +171,7 @@ class ViTTrainingArguments(TrainingArguments):
         if warmup > length:
             raise ValueError(
                 f"--{flag} is {warmup:g}, more than the {length:g} {unit} of training: the learning rate would never "
-                "reach its peak."
+                f"reach its peak. Give a smaller --{flag}."
             )
 
     def deciding(self) -> dict:

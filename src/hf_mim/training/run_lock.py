@@ -11,6 +11,8 @@ from typing import TextIO
 from accelerate import PartialState
 from transformers.utils import logging
 
+from ..files import remove_leftovers
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -24,8 +26,9 @@ _NAME = ".lock"
 @contextlib.contextmanager
 def only_run_in(output_dir: str | Path) -> Iterator[None]:
     """
-    Within, this run is the only one that writes into `output_dir`, which is made. The system takes the lock from a
-    process that has ended, however it did. Of several processes the first holds it.
+    Within, this run is the only one that writes into `output_dir`, which is made, and rid of what a killed process had
+    begun to write. The system takes the lock from a process that has ended, however it did. Of several processes the
+    first holds it.
 
     Raises:
         ValueError: If another run is in the folder, or the folder cannot be made or written to.
@@ -44,6 +47,8 @@ def only_run_in(output_dir: str | Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise ValueError(f"--output_dir {output_dir} cannot be written to ({error.strerror}).") from error
+    remove_leftovers(folder)
+    remove_leftovers(folder / "reconstructions")
     try:
         yield
     finally:

@@ -15,7 +15,7 @@ from ..files import write_json
 from .arguments import ViTTrainingArguments
 
 # Beside the weights.
-_NAME = "run.json"
+RUN_RECORD = "run.json"
 # What tells the pictures: they are the same if all but the first are, which says where they lie.
 _OF_PICTURES = ("data", "num_pictures", "fingerprint")
 
@@ -73,7 +73,7 @@ def describe_pictures(train_dataset) -> dict:
 
 def write_record(folder: str | Path, record: dict) -> None:
     """Writes what decided a run's result (`decides`), and what else is worth knowing of it, beside its weights."""
-    write_json(Path(folder) / _NAME, record)
+    write_json(Path(folder) / RUN_RECORD, record)
 
 
 def check_same_run(folder: str | Path, record: dict, what: str = "holds another run") -> None:
@@ -83,11 +83,11 @@ def check_same_run(folder: str | Path, record: dict, what: str = "holds another 
     is of a version that wrote none.
     """
     try:
-        saved = json.loads((Path(folder) / _NAME).read_text())["decides"]
+        saved = json.loads((Path(folder) / RUN_RECORD).read_text())["decides"]
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{Path(folder) / _NAME} cannot be read ({error!r}): delete it to go on.") from error
+        raise ValueError(f"{Path(folder) / RUN_RECORD} cannot be read ({error!r}): delete it to go on.") from error
     wanted = json.loads(json.dumps(record["decides"]))
     names = [name for name in wanted if name in saved and saved[name] != wanted[name] and name not in _OF_PICTURES]
     differences = [f"{name}: {saved[name]!r} there, {wanted[name]!r} here" for name in names]

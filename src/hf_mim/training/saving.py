@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from ..files import replacing
 from .checkpoints import (
+    check_same_config,
     finish_checkpoint,
     finish_model,
     last_whole_checkpoint,
@@ -16,7 +17,7 @@ from .checkpoints import (
     unfinished,
 )
 from .losses import NonFiniteLossError
-from .run_record import check_same_run, run_record, write_record
+from .run_record import RUN_RECORD, check_same_run, run_record, write_record
 
 # What transformers calls the state of a training.
 _STATE = "trainer_state.json"
@@ -45,6 +46,18 @@ class SavingMixin:
             set_later_checkpoints_aside(self.args.output_dir, checkpoint)
         self.accelerator.wait_for_everyone()
         return super().train(checkpoint, *args, **kwargs)
+
+    def check_output_dir(self) -> None:
+        """
+        Raises ValueError if `output_dir` holds what another run has made, unless `resume_from_checkpoint` is "false":
+        what this run does not replace would be taken for its own.
+        """
+        folder = Path(self.args.output_dir)
+        if str(self.args.resume_from_checkpoint).lower() == "false":
+            return
+        check_same_run(folder, self.run_record)
+        if (folder / RUN_RECORD).is_file():
+            check_same_config(folder, self.model.config)
 
     @functools.cached_property
     def run_record(self) -> dict:
