@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -25,12 +26,14 @@ SIZES = {
     "image_size": 32,
     "patch_size": 8,
 }
+# transformers before 5.20 builds DINOv3 for squares only.
+_DINOV3_SIZE = (32, 48) if Version(transformers.__version__) >= Version("5.20") else 32
 STOCK = {
     "vit": (transformers.ViTConfig, {"image_size": (32, 16), "patch_size": (8, 4)}),
     "vit_mae": (transformers.ViTMAEConfig, {"decoder_hidden_size": 16, "decoder_num_attention_heads": 2}),
     "dinov2": (transformers.Dinov2Config, {"layerscale_value": 0.5, "use_swiglu_ffn": True}),
     "dinov2_with_registers": (transformers.Dinov2WithRegistersConfig, {"num_register_tokens": 3}),
-    "dinov3_vit": (transformers.DINOv3ViTConfig, {"num_register_tokens": 2, "image_size": (32, 48)}),
+    "dinov3_vit": (transformers.DINOv3ViTConfig, {"num_register_tokens": 2, "image_size": _DINOV3_SIZE}),
     "clip_vision_model": (transformers.CLIPVisionConfig, {}),
 }
 TYPES = [*STOCK, *METHODS, "plain"]
