@@ -280,7 +280,7 @@ class TestNextStage:
 
     def test_other_methods_have_none(self):
         with pytest.raises(ValueError, match="pilamim is not trained in stages"):
-            tiny_model("pilamim", "ForPreTraining").next_stage()
+            tiny_config("pilamim").for_next_stage()
 
 
 class TestConfig:

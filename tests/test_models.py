@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -132,6 +133,14 @@ class TestEveryMethod:
         tiny_model(method, suffix).save_pretrained(tmp_path)
         loaded = method_class(method, suffix).from_pretrained(tmp_path)
         assert [name for name, weight in loaded.state_dict().items() if weight.data_ptr() % 64] == []
+
+    @pytest.mark.parametrize("suffix", [*AUTO_CLASSES.values(), "Backbone"])
+    def test_classes_are_found_by_their_names(self, method, suffix):
+        model_class = method_class(method, suffix)
+        assert pickle.loads(pickle.dumps(model_class)) is model_class
+        assert getattr(hf_mim, model_class.__name__) is model_class
+        assert model_class.__module__ == f"hf_mim.models.{method}.modeling_{method}"
+        assert model_class.__doc__ and model_class.config_class is method_class(method, "Config")
 
     def test_checkpoints_are_safetensors_only(self, pretrained):
         _, folder = pretrained

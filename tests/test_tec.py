@@ -604,7 +604,6 @@ def test_shares_of_the_adapters(tmp_path):
                 parameter.zero_()
     assert model.adapter_shares(**batch) == pytest.approx([0.0, 1.0, 0.0])
     assert tiny_pretraining(adapters="input").adapter_shares(**batch) is None
-    assert tiny_model("pilamim", "ForPreTraining").adapter_shares(**batch) is None
     path = draw_shares(shares, tmp_path / "shares.png")
     assert Image.open(path).size[0] > 100
 

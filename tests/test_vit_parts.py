@@ -8,15 +8,23 @@ from torch import nn
 from torchvision.ops import StochasticDepth
 from transformers import ViTConfig, ViTModel
 
+from golden import Golden
+from hf_mim import to_vit
+from hf_mim.models.vit.configuration_vit import MaskedAutoencoderConfig, MaskedViTConfig
+from hf_mim.models.vit.convert_vit import convert_layers, copy_affine
+from hf_mim.models.vit.frozen import read_source
 from hf_mim.models.vit.masking import random_masking, restore_order
 from hf_mim.models.vit.modeling_vit import (
+    MaskedViTBackbone,
     MaskedViTDecoder,
+    MaskedViTForImageClassification,
     MaskedViTModel,
     MaskedViTPatchEmbeddings,
     patchify,
 )
 from hf_mim.models.vit.position import interpolate_position_table, sincos_position_table
-from tiny import slow_position_table, tiny_batch, tiny_config, tiny_model
+from hf_mim.registry import METHODS
+from tiny import scrambled, slow_position_table, tiny_batch, tiny_config, tiny_model
 
 
 def test_random_masking_by_hand():
@@ -26,6 +34,13 @@ def test_random_masking_by_hand():
     assert mask.tolist() == [[1, 0, 1, 0], [0, 1, 0, 1]]
     assert ids_restore.tolist() == [[2, 0, 3, 1], [0, 3, 1, 2]]
     assert mask.dtype == torch.float32
+
+
+def test_what_is_predicted_is_what_is_not_kept():
+    masking = random_masking(torch.tensor([[0.5, 0.1, 0.9, 0.3], [0.2, 0.8, 0.4, 0.6]]), 2)
+    assert masking.ids_keep.tolist() == [[1, 3], [0, 2]]
+    assert masking.ids_predict.tolist() == [[0, 2], [3, 1]]
+    assert torch.equal(masking.mask.gather(1, masking.ids_predict), torch.ones(2, 2))
 
 
 def test_restore_order_by_hand():
@@ -196,3 +211,94 @@ def test_decoder_puts_positions_and_mask_tokens_in():
                 token = decoder.embed(encoded[0, 1 + ids_keep[0].tolist().index(patch)])
             expected = decoder.head(decoder.layernorm(token + decoder.position_embeddings[0, 1 + patch]))
             torch.testing.assert_close(predicted[0, 1 + patch], expected, rtol=0, atol=1e-5)
+
+
+# ---- An encoder without [CLS], a decoder of chosen positions: what I-JEPA is made of
+
+IJEPA = {
+    "use_cls_token": False,
+    "pooling": "mean",
+    "image_size": 32,
+    "patch_size": 8,
+    "hidden_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "decoder_hidden_size": 24,
+    "decoder_num_hidden_layers": 3,
+    "decoder_num_attention_heads": 4,
+}
+
+
+def release_weights(golden) -> tuple[dict, dict]:
+    """Of I-JEPA's encoder and predictor, by our names."""
+    encoder = convert_layers(golden.state, "encoder.blocks", "layers")
+    encoder |= copy_affine(golden.state, "encoder.patch_embed.proj", "embeddings.patch_embeddings.projection")
+    encoder |= copy_affine(golden.state, "encoder.norm", "layernorm")
+    predictor = convert_layers(golden.state, "predictor.predictor_blocks", "layers")
+    for theirs, ours in {"embed": "embed", "norm": "layernorm", "proj": "head"}.items():
+        predictor |= copy_affine(golden.state, f"predictor.predictor_{theirs}", ours)
+    return encoder, predictor | {"mask_token": golden.state["predictor.mask_token"]}
+
+
+def test_parts_give_the_numbers_of_ijepa():
+    golden = Golden("ijepa")
+    config = MaskedAutoencoderConfig(**IJEPA)
+    encoder, decoder = MaskedViTModel(config).eval(), MaskedViTDecoder(config, config.hidden_size).eval()
+    for module, weights in zip((encoder, decoder), release_weights(golden), strict=True):
+        module.load_state_dict(weights)
+    ids_context, ids_target = golden.input["ids_context"][:, 0], golden.input["ids_target"]
+    with torch.no_grad():
+        context = encoder(golden.input["pixel_values"], ids_keep=ids_context).last_hidden_state
+        golden.assert_tensor("context", context)
+        predictions = []
+        for block in ids_target.unbind(dim=1):
+            ids_patch = torch.cat((ids_context, block), dim=1)
+            ids_restore = torch.arange(ids_patch.shape[1]).expand_as(ids_patch)
+            predictions.append(decoder(context, ids_restore, ids_patch)[:, ids_context.shape[1] :])
+        golden.assert_tensor("prediction", torch.cat(predictions))
+
+
+def test_encoder_without_cls():
+    config = MaskedAutoencoderConfig(**IJEPA)
+    model = scrambled(MaskedViTModel(config).eval())
+    assert "embeddings.cls_token" not in model.state_dict()
+    pixel_values = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        outputs = model(pixel_values)
+        larger = model(torch.randn(2, 3, 64, 48), interpolate_pos_encoding=True)
+        kept = model(pixel_values, ids_keep=torch.tensor([[3, 5], [0, 9]])).last_hidden_state
+    assert outputs.last_hidden_state.shape == (2, 16, 48)
+    torch.testing.assert_close(outputs.pooler_output, outputs.last_hidden_state.mean(dim=1))
+    assert larger.last_hidden_state.shape == (2, 8 * 6, 48) and kept.shape == (2, 2, 48)
+    expected = slow_position_table(4, 4, 48)[:, 1:]
+    torch.testing.assert_close(model.embeddings.position_embeddings, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("positions", ["sincos", "learned"])
+def test_encoder_without_cls_through_saving_and_its_heads(positions, tmp_path):
+    config = MaskedViTConfig(**{k: v for k, v in IJEPA.items() if "decoder" not in k}, position_embedding=positions)
+    model = scrambled(MaskedViTModel(config).eval())
+    model.save_pretrained(tmp_path)
+    pixel_values = torch.randn(2, 3, 32, 32)
+    classifier = MaskedViTForImageClassification.from_pretrained(tmp_path)
+    backbone = MaskedViTBackbone.from_pretrained(tmp_path)
+    with torch.no_grad():
+        tokens = MaskedViTModel.from_pretrained(tmp_path)(pixel_values).last_hidden_state
+        assert torch.equal(tokens, model(pixel_values).last_hidden_state)
+        expected = classifier.classifier(tokens.mean(dim=1))
+        torch.testing.assert_close(classifier(pixel_values).logits, expected)
+        (feature_map,) = backbone(pixel_values).feature_maps
+    torch.testing.assert_close(feature_map.flatten(2).transpose(1, 2), tokens)
+
+
+def test_what_needs_cls_is_refused_without_it():
+    with pytest.raises(ValueError, match='pooling is "cls", and use_cls_token is False.*pooling="mean"'):
+        MaskedViTConfig(use_cls_token=False)
+    for method in METHODS:
+        with pytest.raises(ValueError, match=f"use_cls_token is False, and {method} learns with its .CLS. token"):
+            tiny_config(method, use_cls_token=False, pooling="mean")
+    encoder = MaskedViTModel(MaskedAutoencoderConfig(**IJEPA))
+    with pytest.raises(ValueError, match="no .CLS. token .use_cls_token=False."):
+        to_vit(encoder)
+    with pytest.raises(ValueError, match="use_cls_token=False cannot give targets: it has no .CLS. token"):
+        read_source(encoder)

@@ -46,12 +46,14 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         by a pooler that is the identity; with mean pooling it has no pooler (load it with `add_pooling_layer=False`).
 
     Raises:
-        ValueError: If a classifier pools by the mean or reads TEC's encoder adapters, which
+        ValueError: If the model has no [CLS], a classifier pools by the mean or reads TEC's encoder adapters, which
             `ViTForImageClassification` cannot, or the model is not one of hf_mim's.
     """
     if model.config.model_type not in BASELINES and not isinstance(model, MaskedViTPreTrainedModel):
         raise ValueError(f"to_vit exports models of {', '.join(MODEL_TYPES)}; this one is {type(model).__name__}.")
     config = model.config
+    if not getattr(config, "use_cls_token", True):
+        raise ValueError("The model has no [CLS] token (use_cls_token=False), which transformers' ViT always has.")
     classifier = isinstance(model, MaskedViTForImageClassification)
     if classifier and config.pooling != "cls":
         raise ValueError(

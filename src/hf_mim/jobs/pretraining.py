@@ -253,6 +253,8 @@ def build_datasets(data_args, training_args, config, pictures: PictureSplits, pr
 def adapter_shares(trainer, shown: dict[str, torch.Tensor]) -> list[float] | None:
     """What the model's `adapter_shares` says of the pictures shown. On all processes: under FSDP a common effort."""
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+    if not hasattr(model, "adapter_shares"):
+        return None
     with trainer.accelerator.autocast():
         return model.adapter_shares(*(shown[name].to(trainer.args.device) for name in ("pixel_values", "noise")))
 

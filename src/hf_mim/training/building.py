@@ -41,6 +41,7 @@ _ENCODER_FIELDS = (
     "qkv_bias",
     "position_embedding",
     "sincos_grid",
+    "use_cls_token",
     "pooling",
 )
 

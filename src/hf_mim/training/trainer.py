@@ -85,8 +85,9 @@ class MIMTrainer(ViTTrainer):
         self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
         self.collapse_watch = CollapseWatch(warns=self.is_world_process_zero())
         self.add_callback(_BeginWatch(self.collapse_watch))
+        self.is_pairwise = getattr(model, "pairwise_loss", False)
         if self.args.contrastive_chunk_size is not None:
-            if not self.model.pairwise_loss:
+            if not self.is_pairwise:
                 raise ValueError(
                     f"contrastive_chunk_size is {self.args.contrastive_chunk_size}, and the loss of "
                     f"{type(self.model).__name__} compares no pictures with each other: leave it out. For less memory "
@@ -97,7 +98,7 @@ class MIMTrainer(ViTTrainer):
             raise ValueError("--keep_optimizer_state does not work with FSDP, which shards the optimiser's state.")
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
-        if not is_training and self.model.pairwise_loss:
+        if not is_training and self.is_pairwise:
             batch_size = self.args.contrastive_eval_batch_size
         return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
@@ -105,7 +106,7 @@ class MIMTrainer(ViTTrainer):
         return EpochSampler(self._num_compared(eval_dataset), shuffle=False)
 
     def number_counted(self, batch_size: int) -> int:
-        if not self.model.pairwise_loss or not self.accelerator.gradient_state.end_of_dataloader:
+        if not self.is_pairwise or not self.accelerator.gradient_state.end_of_dataloader:
             return super().number_counted(batch_size)
         whole = self.args.contrastive_eval_batch_size
         of_last_round = self._num_compared(self.callback_handler.eval_dataloader.dataset) % (
@@ -118,7 +119,7 @@ class MIMTrainer(ViTTrainer):
     def _num_compared(self, eval_dataset) -> int:
         # A smaller batch has fewer pictures to tell one from, which makes another loss of it; so it only counts alone.
         number, whole = len(eval_dataset), self.args.contrastive_eval_batch_size
-        return number // whole * whole if self.model.pairwise_loss and number >= whole else number
+        return number // whole * whole if self.is_pairwise and number >= whole else number
 
     def evaluate(self, eval_dataset=None, *args, **kwargs) -> dict[str, float]:
         """As `Trainer.evaluate`; `eval_dataset` may be all that the constructor takes."""
@@ -165,10 +166,10 @@ class MIMTrainer(ViTTrainer):
     def _watch_features(self, outputs) -> None:
         step, watch = self.state.global_step + 1, self.collapse_watch
         due = step % self.state.logging_steps == 0 or watch.start is None
-        features = self.model.watched_features(outputs) if due and self.accelerator.sync_gradients else None
-        if features is not None:
+        if due and self.accelerator.sync_gradients and hasattr(self.model, "watched_features"):
             # On all processes, which then agree on when the next time is.
-            features = self.accelerator.gather(features.detach()[:MAX_PICTURES].contiguous())
+            features = self.model.watched_features(outputs).detach()[:MAX_PICTURES]
+            features = self.accelerator.gather(features.contiguous())
             watch.measure(features, step)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

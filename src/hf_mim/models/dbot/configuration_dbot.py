@@ -41,6 +41,7 @@ class DBOTConfig(MaskedAutoencoderConfig):
     ```"""
 
     model_type = "dbot"
+    needs_cls_token = True
 
     drop_path_rate: float | int = 0.2
     smooth_l1_beta: float | int = 2.0

@@ -15,11 +15,10 @@ from ..vit.modeling_vit import (
     MaskedViTForPreTraining,
     MaskedViTModel,
     refuse_unknown,
+    with_encoder,
 )
 from .configuration_dbot import DBOTConfig
 
-# What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
-_BESIDES_ENCODER = [r"^teacher\.", r"^decoder\.", r"^classifier\."]
 _TARGET_EPS = 1e-6
 
 
@@ -51,7 +50,8 @@ class DBOTModel(MaskedViTModel):
     """The encoder that dBOT pretrains: the student."""
 
     config: DBOTConfig
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+    # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
+    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^decoder\.", r"^classifier\."]
 
 
 class DBOTForPreTraining(MaskedViTForPreTraining):
@@ -96,7 +96,12 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
 
     @torch.no_grad()
     def next_stage(self) -> "DBOTForPreTraining":
-        model = super().next_stage()
+        """
+        An untrained student whose teacher is this one, for the next stage of training in several. It depends on the
+        random state, and on nothing of this model but its config and its encoder.
+        """
+        attention = self.config._attn_implementation
+        model = type(self)._from_config(self.config.for_next_stage(), attn_implementation=attention)
         model.take_source(read_source(self.encoder))
         return model
 
@@ -121,18 +126,18 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
             TypeError: If there is no such argument.
         """
         refuse_unknown(self, kwargs)
-        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
-        student = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
-        predictions = self.decoder(student.last_hidden_state, ids_restore).float()
+        masking = self.masking(pixel_values, noise)
+        student = self.encoder(pixel_values, ids_keep=masking.ids_keep, return_dict=True, **kwargs)
+        predictions = self.decoder(student.last_hidden_state, masking.ids_restore).float()
         targets = self.teacher_targets(pixel_values)
-        loss = self.masked_smooth_l1(predictions, targets, mask)
+        loss = self.masked_smooth_l1(predictions, targets, masking.mask)
         return DBOTForPreTrainingOutput(
             loss=loss if return_loss else None,
             loss_distillation=loss,
             predictions=predictions,
             targets=targets,
-            mask=mask,
-            ids_restore=ids_restore,
+            mask=masking.mask,
+            ids_restore=masking.ids_restore,
             hidden_states=student.hidden_states,
             attentions=student.attentions,
         )
@@ -151,20 +156,7 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
         return (loss[:, 0].sum() + (loss[:, 1:] * mask).sum()) / (len(mask) + mask.sum())
 
 
-class DBOTForImageClassification(MaskedViTForImageClassification):
-    """dBOT's encoder with a linear classifier."""
-
-    config: DBOTConfig
-    encoder_class = DBOTModel
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
-
-
-class DBOTBackbone(MaskedViTBackbone):
-    """dBOT's encoder as a backbone for detection and segmentation."""
-
-    config: DBOTConfig
-    encoder_class = DBOTModel
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
-
+DBOTForImageClassification = with_encoder(MaskedViTForImageClassification, DBOTModel)
+DBOTBackbone = with_encoder(MaskedViTBackbone, DBOTModel)
 
 __all__ = ["DBOTBackbone", "DBOTForImageClassification", "DBOTForPreTraining", "DBOTModel"]

@@ -43,6 +43,7 @@ class OCLConfig(MaskedViTConfig):
     ```"""
 
     model_type = "ocl"
+    needs_cls_token = True
 
     mask_ratio: float | int = 0.3
     kappa: float | int = 64.0

@@ -16,13 +16,11 @@ from ..vit.modeling_vit import (
     MaskedViTForPreTraining,
     MaskedViTModel,
     refuse_unknown,
+    with_encoder,
 )
 from .configuration_ocl import MIN_TEMPERATURE, OCLConfig
 
 logger = logging.get_logger(__name__)
-
-# What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
-_BESIDES_ENCODER = [r"^temperature\.", r"^head\.", r"^classifier\."]
 
 # Similarities in memory at a time: 4 MiB in float32. More pictures than the root of it are compared block by block.
 _BLOCK_ELEMENTS = 2**20
@@ -57,7 +55,8 @@ class OCLModel(MaskedViTModel):
     """The encoder that OCL pretrains."""
 
     config: OCLConfig
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+    # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
+    _keys_to_ignore_on_load_unexpected = [r"^temperature\.", r"^head\.", r"^classifier\."]
 
 
 class OCLTemperature(nn.Module):
@@ -96,7 +95,10 @@ class OCLForPreTraining(MaskedViTForPreTraining):
     """Encoder, temperature, and the head of the ablation where the config has one."""
 
     config: OCLConfig
+    # The loss compares the pictures of a batch with each other.
     pairwise_loss = True
+    # Pictures encoded at a time, without keeping what their gradients need; all, with it, if None.
+    chunk_size: int | None = None
 
     def __init__(self, config: OCLConfig):
         super().__init__(config)
@@ -125,6 +127,7 @@ class OCLForPreTraining(MaskedViTForPreTraining):
         super().after_optimizer_step(step, num_steps)
 
     def watched_features(self, outputs: OCLForPreTrainingOutput) -> torch.Tensor:
+        """Features of both halves (batch_size, 2, hidden_size), which could collapse."""
         return outputs["features"]
 
     def fill_missing(self, missing: set[str]) -> set[str]:
@@ -154,9 +157,9 @@ class OCLForPreTraining(MaskedViTForPreTraining):
             TypeError: If there is no such argument.
         """
         refuse_unknown(self, kwargs)
-        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
+        masking = self.masking(pixel_values, noise)
         # (2 * batch_size, num_keep / 2): both halves of the first picture, both of the second, ...
-        halves = ids_keep.unflatten(1, (2, -1)).flatten(0, 1)
+        halves = masking.ids_keep.unflatten(1, (2, -1)).flatten(0, 1)
         if self.chunk_size is None or self.chunk_size >= len(pixel_values):
             encoded = self.encoder(pixel_values, ids_keep=halves, return_dict=True, **kwargs)
             features, recorded = encoded.last_hidden_state[:, 0], encoded
@@ -168,8 +171,8 @@ class OCLForPreTraining(MaskedViTForPreTraining):
             loss=loss if return_loss else None,
             loss_contrastive=loss,
             features=features,
-            mask=mask,
-            ids_restore=ids_restore,
+            mask=masking.mask,
+            ids_restore=masking.ids_restore,
             hidden_states=recorded.get("hidden_states"),
             attentions=recorded.get("attentions"),
         )
@@ -304,20 +307,7 @@ class _Gather(torch.autograd.Function):
         return distributed.get_world_size() * grad[start : start + ctx.local_size]
 
 
-class OCLForImageClassification(MaskedViTForImageClassification):
-    """OCL's encoder with a linear classifier."""
-
-    config: OCLConfig
-    encoder_class = OCLModel
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
-
-
-class OCLBackbone(MaskedViTBackbone):
-    """OCL's encoder as a backbone for detection and segmentation."""
-
-    config: OCLConfig
-    encoder_class = OCLModel
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
-
+OCLForImageClassification = with_encoder(MaskedViTForImageClassification, OCLModel)
+OCLBackbone = with_encoder(MaskedViTBackbone, OCLModel)
 
 __all__ = ["OCLBackbone", "OCLForImageClassification", "OCLForPreTraining", "OCLModel"]

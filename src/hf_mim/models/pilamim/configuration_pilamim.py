@@ -30,6 +30,7 @@ class PiLaMIMConfig(MaskedAutoencoderConfig):
     ```"""
 
     model_type = "pilamim"
+    needs_cls_token = True
 
     decoder_hidden_size: int = 384
     decoder_num_hidden_layers: int = 6

@@ -15,14 +15,12 @@ from ..vit.modeling_vit import (
     MaskedViTModel,
     patchify,
     refuse_unknown,
+    with_encoder,
 )
 from ..vit.sizes import as_pair
 from .configuration_pilamim import PiLaMIMConfig
 
 logger = logging.get_logger(__name__)
-
-# What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
-_BESIDES_ENCODER = [r"^target_encoder\.", r"^(pixel|latent)_decoder\.", r"^classifier\."]
 
 
 @dataclass
@@ -59,7 +57,8 @@ class PiLaMIMModel(MaskedViTModel):
     """The encoder that PiLaMIM pretrains."""
 
     config: PiLaMIMConfig
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
+    # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
+    _keys_to_ignore_on_load_unexpected = [r"^target_encoder\.", r"^(pixel|latent)_decoder\.", r"^classifier\."]
 
 
 class PiLaMIMForPreTraining(MaskedViTForPreTraining):
@@ -125,15 +124,15 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
             TypeError: If there is no such argument.
         """
         refuse_unknown(self, kwargs)
-        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
-        context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
+        masking = self.masking(pixel_values, noise)
+        context = self.encoder(pixel_values, ids_keep=masking.ids_keep, return_dict=True, **kwargs)
         with torch.no_grad():
             target = self.target_encoder(pixel_values, return_dict=True).last_hidden_state.float()
-        pixels = self.pixel_decoder(context.last_hidden_state, ids_restore)[:, 1:].float()
-        latents = self.latent_decoder(context.last_hidden_state, ids_restore).float()
+        pixels = self.pixel_decoder(context.last_hidden_state, masking.ids_restore)[:, 1:].float()
+        latents = self.latent_decoder(context.last_hidden_state, masking.ids_restore).float()
 
-        loss_pixel = self.masked_mean_square(pixels - self.pixel_targets(pixel_values), mask)
-        loss_latent = self.masked_mean_square(latents[:, 1:] - target[:, 1:], mask)
+        loss_pixel = self.masked_mean_square(pixels - self.pixel_targets(pixel_values), masking.mask)
+        loss_latent = self.masked_mean_square(latents[:, 1:] - target[:, 1:], masking.mask)
         loss_cls = (latents[:, 0] - target[:, 0]).square().mean() if self.config.use_cls_loss else None
         loss = loss_pixel + loss_latent if loss_cls is None else loss_pixel + loss_latent + loss_cls
         return PiLaMIMForPreTrainingOutput(
@@ -144,8 +143,8 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
             predicted_pixels=pixels,
             predicted_latents=latents,
             target_latents=target,
-            mask=mask,
-            ids_restore=ids_restore,
+            mask=masking.mask,
+            ids_restore=masking.ids_restore,
             hidden_states=context.hidden_states,
             attentions=context.attentions,
         )
@@ -173,20 +172,7 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
         return mask.repeat_interleave(patch_height, 2).repeat_interleave(patch_width, 3), pixels
 
 
-class PiLaMIMForImageClassification(MaskedViTForImageClassification):
-    """PiLaMIM's encoder with a linear classifier."""
-
-    config: PiLaMIMConfig
-    encoder_class = PiLaMIMModel
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
-
-
-class PiLaMIMBackbone(MaskedViTBackbone):
-    """PiLaMIM's encoder as a backbone for detection and segmentation."""
-
-    config: PiLaMIMConfig
-    encoder_class = PiLaMIMModel
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
-
+PiLaMIMForImageClassification = with_encoder(MaskedViTForImageClassification, PiLaMIMModel)
+PiLaMIMBackbone = with_encoder(MaskedViTBackbone, PiLaMIMModel)
 
 __all__ = ["PiLaMIMBackbone", "PiLaMIMForImageClassification", "PiLaMIMForPreTraining", "PiLaMIMModel"]

@@ -58,6 +58,7 @@ class TECConfig(MaskedAutoencoderConfig):
     ```"""
 
     model_type = "tec"
+    needs_cls_token = True
 
     decoder_num_hidden_layers: int = 2
     base_config: dict | PreTrainedConfig | None = None

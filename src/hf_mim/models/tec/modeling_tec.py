@@ -28,8 +28,9 @@ from ..vit.modeling_vit import (
     MaskedViTModel,
     add_position_table,
     build_layers,
-    classification_loss,
+    pool,
     refuse_unknown,
+    with_encoder,
 )
 from ..vit.transfer import refuse_other_network
 from .configuration_tec import TECConfig
@@ -310,8 +311,8 @@ class TECForPreTraining(MaskedViTForPreTraining):
                 "The base is as it was initialised: its features and attention are noise, and TEC learns them. Build "
                 "the model by TECForPreTraining.from_base(...), or load a checkpoint that has its base."
             )
-        ids_keep, mask, ids_restore = self.masking(pixel_values, noise)
-        context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, **kwargs)
+        masking = self.masking(pixel_values, noise)
+        context = self.encoder(pixel_values, ids_keep=masking.ids_keep, return_dict=True, **kwargs)
         adapted = context.last_hidden_state
         if self.encoder_adapter is not None:
             adapted = self.encoder_adapter(block_outputs(context))
@@ -319,10 +320,10 @@ class TECForPreTraining(MaskedViTForPreTraining):
         base = self.base(pixel_values, num_last_layers=self.config.feature_layers)
         target_features = self.feature_targets(base.last_hidden_states)
         rows, target_logits = self.attention_targets(base.attention)
-        features, logits = self.decoder(adapted, ids_restore, rows)
+        features, logits = self.decoder(adapted, masking.ids_restore, rows)
 
         features = features.float()
-        loss_feature = ((features - target_features).square().mean(dim=-1) * mask).sum() / mask.sum()
+        loss_feature = ((features - target_features).square().mean(dim=-1) * masking.mask).sum() / masking.mask.sum()
         loss, loss_attention = loss_feature, None
         if rows is not None:
             shares = (target_logits / self.config.attention_temperature).softmax(dim=-1)
@@ -338,8 +339,8 @@ class TECForPreTraining(MaskedViTForPreTraining):
             target_attention_logits=target_logits,
             attention_rows=rows,
             adapted_states=adapted,
-            mask=mask,
-            ids_restore=ids_restore,
+            mask=masking.mask,
+            ids_restore=masking.ids_restore,
             hidden_states=context.hidden_states,
             attentions=context.attentions,
         )
@@ -376,7 +377,7 @@ class TECForPreTraining(MaskedViTForPreTraining):
         """Share of each group of blocks, the first blocks' first, in the magnitudes that the adapters add up."""
         if self.encoder_adapter is None:
             return None
-        ids_keep = self.masking(pixel_values, noise)[0]
+        ids_keep = self.masking(pixel_values, noise).ids_keep
         context = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, output_hidden_states=True)
         outputs = self.encoder_adapter.group_outputs(block_outputs(context))
         magnitudes = torch.stack([output.float().norm(dim=-1) for output in outputs], dim=-1)
@@ -484,21 +485,9 @@ class TECForImageClassification(MaskedViTForImageClassification):
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
         adapted = self.encoder_adapter(block_outputs(outputs))
-        pooled = adapted[:, 0] if self.config.pooling == "cls" else adapted[:, 1:].mean(dim=1)
-        logits = self.classifier(pooled)
-        loss = None if labels is None else classification_loss(logits, labels, self.config)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return self.classify(pool(adapted, self.config), labels, outputs)
 
 
-class TECBackbone(MaskedViTBackbone):
-    """TEC's encoder as a backbone for detection and segmentation."""
-
-    config: TECConfig
-    encoder_class = TECModel
-    _no_split_modules = ["TECEmbeddings", "MaskedViTLayer"]
-    _keys_to_ignore_on_load_unexpected = _BESIDES_ENCODER
-
+TECBackbone = with_encoder(MaskedViTBackbone, TECModel)
 
 __all__ = ["TECBackbone", "TECForImageClassification", "TECForPreTraining", "TECModel"]

@@ -32,6 +32,7 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
         sincos_grid (pair (rows, columns), *optional*): The patch grid that the fixed table is made for, from which it
             is interpolated to the image's own, as in an encoder that goes on at another image size. The image's own
             grid if None.
+        use_cls_token (`bool`, defaults to True): Whether a [CLS] token precedes the patches.
         pooling (`str`, defaults to `"cls"`): What `pooler_output` is: `"cls"`, the [CLS] token, or `"mean"`, the mean
             of the patch tokens, both after the final LayerNorm.
 
@@ -40,6 +41,8 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     """
 
     model_type = "masked_vit"
+    # Whether the method's loss is about [CLS].
+    needs_cls_token = False
 
     hidden_size: int = 768
     num_hidden_layers: int = 12
@@ -56,6 +59,7 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     qkv_bias: bool = True
     position_embedding: str = "sincos"
     sincos_grid: list[int] | tuple[int, int] | None = None
+    use_cls_token: bool = True
     pooling: str = "cls"
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
@@ -92,6 +96,11 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
         """L, the number of patches of a picture."""
         rows, columns = self.grid_size
         return rows * columns
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: 1, [CLS], or 0."""
+        return int(self.use_cls_token)
 
     def for_next_stage(self) -> "MaskedViTConfig":
         """
@@ -130,6 +139,12 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
             )
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f'pooling is {self.pooling!r}; expected "cls" or "mean".')
+        if self.needs_cls_token and not self.use_cls_token:
+            raise ValueError(
+                f"use_cls_token is False, and {self.model_type} learns with its [CLS] token. Leave it True."
+            )
+        if self.pooling == "cls" and not self.use_cls_token:
+            raise ValueError('pooling is "cls", and use_cls_token is False. Set pooling="mean".')
         if not 0.0 <= self.drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate is {self.drop_path_rate}; expected a number in [0, 1).")
 

@@ -134,6 +134,8 @@ def describe_config(config: PreTrainedConfig | Mapping | None) -> dict | None:
 
 def _layout(config: PreTrainedConfig) -> _Layout:
     if isinstance(config, MaskedViTConfig):
+        if not config.use_cls_token:
+            raise ValueError(f"A network with use_cls_token=False cannot give targets: it {_NO_CLS}.")
         return _OURS
     if config.model_type not in _LAYOUTS:
         supported = f"Choose hf_mim's own models, or one of {', '.join(_LAYOUTS)}."

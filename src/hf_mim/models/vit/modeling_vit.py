@@ -13,6 +13,7 @@ targets, all losses, OCL's temperature and similarities, and averaged targets.
 
 import inspect
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -28,13 +29,16 @@ from transformers.utils.generic import can_return_tuple
 from .alignment import AlignedLoading
 from .attention import MaskedViTAttention, MaskedViTMLP
 from .configuration_vit import MaskedViTConfig
-from .masking import random_masking, restore_order
+from .masking import Masking, random_masking, restore_order
 from .pixels import PixelRenormalization
-from .position import fixed_position_table, interpolate_position_table
+from .position import fixed_position_table, interpolate_position_table, select_positions
 from .sizes import as_pair
 from .transfer import refuse_other_network, refuse_other_positions
 
 logger = logging.get_logger(__name__)
+
+
+_Model = TypeVar("_Model", bound=PreTrainedModel)
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -94,12 +98,12 @@ class MaskedViTEmbeddings(nn.Module):
     def __init__(self, config: MaskedViTConfig):
         super().__init__()
         self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_cls_token else None
         self.patch_embeddings = MaskedViTPatchEmbeddings(config)
         add_position_table(self, config, config.hidden_size)
 
     def positions(self, height: int, width: int, interpolate: bool) -> torch.Tensor:
-        """The position table (1, 1 + L, hidden_size) for pictures of `height` x `width` pixels."""
+        """The position table (1, num_prefix + L, hidden_size) for pictures of `height` x `width` pixels."""
         patch_height, patch_width = as_pair(self.config.patch_size)
         if (height, width) == as_pair(self.config.image_size):
             return self.position_embeddings
@@ -132,18 +136,14 @@ class MaskedViTEmbeddings(nn.Module):
                 f"pixel_values has the shape {tuple(pixel_values.shape)}; expected (batch_size, "
                 f"{self.config.num_channels}, height, width). Check the pictures' channels against num_channels."
             )
-        positions = self.positions(*pixel_values.shape[2:], interpolate_pos_encoding)
-        cls_position, patch_positions = positions[:, :1], positions[:, 1:]
-        if ids_keep is not None:
-            patch_positions = torch.gather(
-                patch_positions.expand(ids_keep.shape[0], -1, -1),
-                1,
-                ids_keep.unsqueeze(-1).expand(-1, -1, patch_positions.shape[-1]),
-            )
-        patches = self.patch_embeddings(pixel_values, ids_keep)
-        dtype = self.cls_token.dtype
-        cls = (self.class_token() + cls_position).expand(patches.shape[0], -1, -1)
-        return torch.cat((cls.to(dtype), (patches + patch_positions).to(dtype)), dim=1)
+        dtype, num_prefix = self.patch_embeddings.projection.weight.dtype, self.config.num_prefix
+        table = self.positions(*pixel_values.shape[2:], interpolate_pos_encoding)
+        positions = select_positions(table, ids_keep, num_prefix)
+        tokens = (self.patch_embeddings(pixel_values, ids_keep) + positions[:, num_prefix:]).to(dtype)
+        if self.cls_token is None:
+            return tokens
+        cls = (self.class_token() + table[:, :1]).expand(tokens.shape[0], -1, -1)
+        return torch.cat((cls.to(dtype), tokens), dim=1)
 
 
 class MaskedViTLayer(GradientCheckpointingLayer):
@@ -201,12 +201,14 @@ class MaskedViTDecoder(nn.Module):
     """
     Predicts something for every token, hidden ones included, from the encoder's output.
 
-    Input map, mask tokens in the gaps, positions, blocks, LayerNorm (if `config.decoder_final_norm`), output map.
+    Input map, mask tokens for what is to be predicted, positions, blocks, LayerNorm (if `config.decoder_final_norm`),
+    output map.
     """
 
     def __init__(self, config, output_size: int, drop_path_rate: float = 0.0):
         super().__init__()
         sizes = DecoderSizes(config)
+        self.num_prefix = config.num_prefix
         self.embed = nn.Linear(config.hidden_size, sizes.hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, sizes.hidden_size))
         add_position_table(self, config, sizes.hidden_size)
@@ -215,17 +217,24 @@ class MaskedViTDecoder(nn.Module):
         self.layernorm = nn.LayerNorm(sizes.hidden_size, eps=config.layer_norm_eps) if final_norm else nn.Identity()
         self.head = nn.Linear(sizes.hidden_size, output_size)
 
-    def forward(self, hidden_states: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, ids_patch: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, 1 + num_keep, hidden_size)`): The encoder's output.
-            ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): From `random_masking`.
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_prefix + num_keep, hidden_size)`): The encoder's
+                output.
+            ids_restore (`torch.LongTensor` of shape `(batch_size, length)`): Which of the kept patches and, after
+                them, mask tokens stands at each place of the sequence; `Masking.ids_restore` for the whole grid.
+            ids_patch (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The patch, kept or to be
+                predicted, whose position that place has; the whole grid in row-major order if None.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, 1 + num_patches, output_size)`, [CLS] first.
+            `torch.Tensor` of shape `(batch_size, num_prefix + length, output_size)`, [CLS] first where there is one.
         """
-        hidden_states = restore_order(self.embed(hidden_states), self.mask_token, ids_restore)
-        hidden_states = hidden_states + self.position_embeddings.to(hidden_states.dtype)
+        hidden_states = restore_order(self.embed(hidden_states), self.mask_token, ids_restore, self.num_prefix)
+        positions = select_positions(self.position_embeddings, ids_patch, self.num_prefix)
+        hidden_states = hidden_states + positions.to(hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
         return self.head(self.layernorm(hidden_states))
@@ -233,13 +242,13 @@ class MaskedViTDecoder(nn.Module):
 
 def add_position_table(module: nn.Module, config: MaskedViTConfig, dim: int) -> None:
     """
-    Gives `module` its `position_embeddings` (1, 1 + L, dim): a trained parameter, or the fixed table.
+    Gives `module` its `position_embeddings` (1, num_prefix + L, dim): a trained parameter, or the fixed table.
 
     The fixed table is a buffer that is not saved: it follows from the config. [`MaskedViTPreTrainedModel`] writes it
     again after loading, where it would otherwise hold uninitialised memory.
     """
     if config.position_embedding == "learned":
-        module.position_embeddings = nn.Parameter(torch.zeros(1, 1 + config.num_patches, dim))
+        module.position_embeddings = nn.Parameter(torch.zeros(1, config.num_prefix + config.num_patches, dim))
     else:
         table = fixed_position_table(config, dim)
         # Moved to the default device, which is "meta" while a model is being loaded.
@@ -300,7 +309,7 @@ class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
             init_linear(module, getattr(module, "fused_maps", 1))
         else:
             super()._init_weights(module)
-        if isinstance(module, MaskedViTEmbeddings):
+        if isinstance(module, MaskedViTEmbeddings) and module.cls_token is not None:
             init.normal_(module.cls_token, std=self.config.initializer_range)
         if hasattr(module, "mask_token"):
             init.normal_(module.mask_token, std=self.config.initializer_range)
@@ -373,9 +382,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
             output_attentions (`bool`, *optional*): Whether the attention weights are wanted.
 
         Returns:
-            `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, 1 + L, hidden_size) after the final
-            LayerNorm, [CLS] first; `pooler_output` (batch_size, hidden_size) by `config.pooling`; and, when asked
-            for, `hidden_states` and `attentions` (the latter with `attn_implementation="eager"`).
+            `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, num_prefix + L, hidden_size) after the final
+            LayerNorm, [CLS] first where there is one; `pooler_output` (batch_size, hidden_size) by `config.pooling`;
+            and, when asked for, `hidden_states` and `attentions` (the latter with `attn_implementation="eager"`).
 
         Raises:
             ValueError: If the channels or the picture's size are not those of the config.
@@ -394,13 +403,17 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
             hidden_states = layer(hidden_states, weights if output_attentions else None, **kwargs)
             states.append(hidden_states)
         hidden_states = self.layernorm(hidden_states)
-        pooled = hidden_states[:, 0] if self.config.pooling == "cls" else hidden_states[:, 1:].mean(dim=1)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=pooled,
+            pooler_output=pool(hidden_states, self.config),
             hidden_states=_selected(states, output_hidden_states),
             attentions=tuple(weights) or None,
         )
+
+
+def pool(tokens: torch.Tensor, config: MaskedViTConfig) -> torch.Tensor:
+    """[CLS] or the mean of the patches (batch_size, hidden_size), by `config.pooling`, of an encoder's tokens."""
+    return tokens[:, 0] if config.pooling == "cls" else tokens[:, config.num_prefix :].mean(dim=1)
 
 
 def _selected(states: list[torch.Tensor], wanted: bool | int | list[int]) -> tuple[torch.Tensor | None, ...] | None:
@@ -414,6 +427,12 @@ class PreTrainingMixin:
     """
     What pretraining models share: masks, frozen networks, and the hooks that the trainer calls.
 
+    A method may have more, which is asked for where it is there: `pairwise_loss`, whether the loss compares the
+    pictures of a batch with each other, in which case the model encodes `chunk_size` pictures at a time;
+    `watched_features(outputs)`, features of two views (batch_size, 2, dim) that could collapse; `adapter_shares(
+    pixel_values, noise)`, shares of groups of blocks in what a decoder reads; and `next_stage()`, an untrained model
+    that learns from this one.
+
     Subclasses set `frozen_modules`, the names of sub-modules that no gradient reaches (a target, a base, a teacher):
     these are always in eval mode, and stay frozen through loading.
     """
@@ -421,10 +440,6 @@ class PreTrainingMixin:
     # The loss is a mean over the batch already; without this the Trainer would not divide it by the accumulation.
     accepts_loss_kwargs = False
     frozen_modules: tuple[str, ...] = ()
-    # Whether the loss compares the pictures of a batch with each other. Such a model encodes `chunk_size` pictures at
-    # a time, where it is set, without keeping what their gradients need.
-    pairwise_loss = False
-    chunk_size: int | None = None
     # A few trained weights before the first step, by which it is noticed (fused optimisers count no versions); and
     # whether it is known that `after_optimizer_step` is called, or has been said that it is not.
     _first_weights: torch.Tensor | None = None
@@ -441,9 +456,7 @@ class PreTrainingMixin:
             self.get_submodule(name).eval()
         return self
 
-    def masking(
-        self, pixel_values: torch.Tensor, noise: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def masking(self, pixel_values: torch.Tensor, noise: torch.Tensor | None) -> Masking:
         """`random_masking` of a batch by `noise`, which is drawn where it is None.
 
         Raises:
@@ -535,17 +548,6 @@ class PreTrainingMixin:
                 "model.after_optimizer_step(step, num_steps)."
             )
 
-    def next_stage(self) -> "MaskedViTForPreTraining":
-        """
-        An untrained model that learns from this one, for the next stage of training in several. It depends on the
-        random state, and on nothing of this model but its config and its encoder.
-
-        Raises:
-            ValueError: If the method is not trained in stages.
-        """
-        attention = self.config._attn_implementation
-        return type(self)._from_config(self.config.for_next_stage(), attn_implementation=attention)
-
     def reconstruct(
         self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -556,14 +558,6 @@ class PreTrainingMixin:
             `mask` (batch_size, 1, height, width), 1 where hidden, and predicted pixels (batch_size, num_channels,
             height, width), normalised as the input is.
         """
-        return None
-
-    def watched_features(self, outputs) -> torch.Tensor | None:
-        """Of `forward`'s outputs, features of two views (batch_size, 2, dim) that could collapse; None elsewhere."""
-        return None
-
-    def adapter_shares(self, pixel_values: torch.Tensor, noise: torch.Tensor | None = None) -> list[float] | None:
-        """Shares of groups of blocks in what the decoder reads, where a method adds them up; None elsewhere."""
         return None
 
     def fill_missing(self, missing: set[str]) -> set[str]:
@@ -708,10 +702,16 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
         outputs = self.encoder(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
         )
-        logits = self.classifier(outputs.pooler_output)
-        loss = None if labels is None else classification_loss(logits, labels, self.config)
+        return self.classify(outputs.pooler_output, labels, outputs)
+
+    def classify(self, pooled: torch.Tensor, labels: torch.Tensor | None, outputs) -> ImageClassifierOutput:
+        """Logits and loss from `pooled` (batch_size, hidden_size), with what `outputs` of the encoder has recorded."""
+        logits = self.classifier(pooled)
         return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            loss=None if labels is None else classification_loss(logits, labels, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
@@ -749,10 +749,27 @@ class MaskedViTBackbone(BackboneMixin, MaskedViTPreTrainedModel):
         patch_height, patch_width = as_pair(self.config.patch_size)
         grid = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
         feature_maps = tuple(
-            self.encoder.layernorm(hidden_states)[:, 1:].transpose(1, 2).unflatten(2, grid)
+            self.encoder.layernorm(hidden_states)[:, self.config.num_prefix :].transpose(1, 2).unflatten(2, grid)
             for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
             if stage in self.out_features
         )
         return BackboneOutput(
             feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def with_encoder(base: type[_Model], encoder_class: type[MaskedViTModel]) -> type[_Model]:
+    """
+    A method's class that differs from `base` in its encoder alone: `MaskedViTBackbone` and `XModel` give `XBackbone`,
+    in the module of `XModel`, which assigns it to that name.
+    """
+    method = encoder_class.__name__.removesuffix("Model")
+    attributes = {
+        "__module__": encoder_class.__module__,
+        "__doc__": f"{method}'s encoder in a [`{base.__name__}`]. {inspect.getdoc(base)}",
+        "config_class": encoder_class.config_class,
+        "encoder_class": encoder_class,
+        "_no_split_modules": encoder_class._no_split_modules,
+        "_keys_to_ignore_on_load_unexpected": encoder_class._keys_to_ignore_on_load_unexpected,
+    }
+    return type(base.__name__.replace("MaskedViT", method), (base,), attributes)
