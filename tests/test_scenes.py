@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import math
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,60 @@ def test_another_process_draws_the_same():
     here = [hashlib.sha256(render_scene(i, split="test", seed=5)[0]).hexdigest() for i in (7, 3)]
     # Nothing follows the digests: importing the module and drawing do not bring in datasets.
     assert out == here
+
+
+_DIGEST = """
+import hashlib
+from hf_mim.data.scenes import render_scene, sample_scene
+digest = hashlib.sha256()
+for i in range(60):
+    scene = sample_scene(i)
+    for name in ("camera", "axes", "light", "center", "angle"):
+        digest.update(getattr(scene, name).tobytes())
+    digest.update(render_scene(i)[0].tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_other_processors_draw_the_same_to_the_bit():
+    """Geometry and pictures: numpy's, OpenBLAS's and the C library's code for processors that this one is not."""
+    others = [
+        {"NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR", "OPENBLAS_CORETYPE": "Prescott"},
+        {
+            "NPY_DISABLE_CPU_FEATURES": "AVX2 FMA3 AVX512F AVX512CD AVX512_SKX AVX512_ICL",
+            "OPENBLAS_CORETYPE": "Haswell",
+        },
+        {"GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX512F"},
+    ]
+    command = [sys.executable, "-c", _DIGEST]
+    digests = [
+        subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | other).stdout.strip()
+        for other in others
+    ]
+    assert digests == ["43323c0989d543bb758046c2a68471c15d5f2f4298d52d14f8ff2fb9feecb9ed"] * 3
+
+
+def test_tables_hang_on_no_last_bit():
+    """Powers and the hyperbolic tangent are the C library's: what is kept of them is far from the next value."""
+    light = np.linspace(0.0, module._WHITE, module._TONES)
+    room = 1.0 - module._KNEE
+    light = np.where(light < module._KNEE, light, module._KNEE + room * np.tanh((light - module._KNEE) / room))
+    tones = 255 * np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert np.array_equal(module._TONE_TABLE, np.round(tones))
+    assert abs(tones - np.floor(tones) - 0.5).min() > 1e-9
+    albedo = to_linear(list(COLORS.values())).T
+    for other in (albedo * (1 - 1e-13), albedo * (1 + 1e-13)):
+        assert np.array_equal(module._ALBEDO, other.astype(np.float32))
+
+
+def test_functions_of_our_own():
+    angle = np.linspace(-8, 8, 10001)
+    np.testing.assert_allclose(module._cos_sin(angle), [np.cos(angle), np.sin(angle)], atol=4e-16)
+    a = np.linspace(0, 200, 10001, dtype=np.float32)
+    np.testing.assert_allclose(module._exp_minus(a), np.exp(-a.astype(np.float64)), rtol=1e-5, atol=1e-29)
+    assert module._exp_minus(a).dtype == np.float32 and module._exp_minus(a)[0] == 1
+    matrix, points = np.random.default_rng(0).random((5, 3, 3)), np.random.default_rng(1).random((5, 3))
+    np.testing.assert_allclose(module._apply(matrix, points), np.einsum("nij,nj->ni", matrix, points))
 
 
 def test_numbers_splits_and_seeds_are_different_scenes():

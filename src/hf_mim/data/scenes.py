@@ -3,7 +3,8 @@
 A scene is a ground plane seen in perspective by a jittered camera under a jittered lamp, with 3 to 10 solids on it:
 spheres, cubes and cylinders in CLEVR's eight colours, two sizes and two materials (matte rubber, shiny metal). Scene
 `index` of a split is a pure function of `(seed, split, index)`: nothing else, not the image size, the order or the
-process, changes it or its labels.
+process, changes it or its labels, nor does the machine: what is drawn is the same to the bit on any that computes
+by IEEE 754, since the functions whose last bits differ between processors are not used (see `_dot` and below).
 
 Four labels, each an integer class (`SCENE_LABELS` has the names):
 
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # Raise it whenever a drawn pixel or a label changes: it is part of the name of the cached data set.
-SCENES_VERSION = 1
+SCENES_VERSION = 2
 
 SPLITS = ("train", "validation", "test")
 SHAPES = ("sphere", "cube", "cylinder")
@@ -107,12 +108,12 @@ class Scene:
     @property
     def depth(self) -> np.ndarray:
         """Distance of each centre from the camera along the camera's axis; float64 of shape (n,)."""
-        return (self.center - self.camera) @ self.axes[2]
+        return _dot((self.center - self.camera).T, self.axes[2])
 
     def project(self, points: np.ndarray, image_size: int | tuple[int, int]) -> np.ndarray:
         """Pixel coordinates (x to the right, y down; pixel [0, 0] covers 0 to 1) of world points (n, 3), as (n, 2)."""
         height, width = _check_image_size(image_size)
-        right, down, forward = ((points - self.camera) @ self.axes.T).T
+        right, down, forward = _apply(self.axes, points - self.camera).T
         scale = FOCAL * min(height, width) / forward
         return np.stack([width / 2 + right * scale, height / 2 + down * scale], axis=1)
 
@@ -155,26 +156,21 @@ def sample_scene(index: int, *, split: str = "train", seed: int = 0) -> Scene:
     rng = np.random.Generator(np.random.Philox(key=[seed, SPLITS.index(split)], counter=[0, 0, 0, index]))
     num_objects = int(rng.integers(MIN_OBJECTS, MAX_OBJECTS + 1))
 
-    jitter = rng.uniform(-1.0, 1.0, 8).tolist()
+    jitter = (2 * rng.random(8) - 1).tolist()
     distance, elevation, azimuth = 11.5 + 0.8 * jitter[0], math.radians(33 + 3 * jitter[1]), 0.12 * jitter[2]
-    level = distance * math.cos(elevation)
-    camera = np.array([level * math.sin(azimuth), -level * math.cos(azimuth), distance * math.sin(elevation)])
-    target = np.array([0.12 * jitter[3], 0.15 + 0.15 * jitter[4], 0.1])
-    forward = (target - camera) / np.linalg.norm(target - camera)
-    right = np.array([forward[1], -forward[0], 0.0]) / math.hypot(forward[0], forward[1])
-    down = np.array([-forward[2] * right[1], forward[2] * right[0], forward[0] * right[1] - forward[1] * right[0]])
-    axes = np.stack([right, down, forward])
     # The lamp stands to the left of the camera and above, so that shadows fall to the right and away, as in CLEVR.
     lamp_azimuth, lamp_height = math.radians(215 + 25 * jitter[5]), math.radians(52 + 7 * jitter[6])
-    light = np.array(
-        [
-            math.cos(lamp_height) * math.cos(lamp_azimuth),
-            math.cos(lamp_height) * math.sin(lamp_azimuth),
-            math.sin(lamp_height),
-        ]
-    )
+    cos, sin = _cos_sin(np.array([elevation, azimuth, lamp_azimuth, lamp_height]))
+    level = distance * cos[0]
+    camera = np.array([level * sin[1], -level * cos[1], distance * sin[0]])
+    target = np.array([0.12 * jitter[3], 0.15 + 0.15 * jitter[4], 0.1])
+    forward = (target - camera) / _length(target - camera)
+    right = np.array([forward[1], -forward[0], 0.0]) / _length(forward[:2])
+    down = np.array([-forward[2] * right[1], forward[2] * right[0], forward[0] * right[1] - forward[1] * right[0]])
+    axes = np.stack([right, down, forward])
+    light = np.array([cos[3] * cos[2], cos[3] * sin[2], sin[3]])
     warmth = jitter[7]
-    backdrop = float(rng.uniform(0.9, 1.1))
+    backdrop = 0.9 + 0.2 * rng.random()
 
     # A crowded draw may leave no room: it is thrown away whole, but for the number of solids, which stays uniform.
     while True:
@@ -184,7 +180,7 @@ def sample_scene(index: int, *, split: str = "train", seed: int = 0) -> Scene:
         center = _place(rng, camera, axes, shape, radius, half_size)
         if center is None:
             continue
-        first, second = np.partition((center - camera) @ forward, 1)[:2]
+        first, second = np.partition(_dot((center - camera).T, forward), 1)[:2]
         if second - first >= DEPTH_GAP:
             break
     return Scene(
@@ -198,16 +194,16 @@ def sample_scene(index: int, *, split: str = "train", seed: int = 0) -> Scene:
         metal=rng.random(num_objects) < 0.5,
         radius=radius,
         center=center,
-        angle=np.where(shape == CUBE, rng.uniform(0.0, math.pi / 2, num_objects), 0.0),
+        angle=np.where(shape == CUBE, math.pi / 2 * rng.random(num_objects), 0.0),
     )
 
 
 def _place(rng, camera, axes, shape, radius, half_size, tries=96):
     """Centres (n, 3) of solids that neither touch, hide each other's centres, nor leave the frame; None if no room."""
     num_objects = len(shape)
-    spots = rng.uniform(-1.0, 1.0, (tries, 2)) * FIELD
+    spots = (2 * rng.random((tries, 2)) - 1) * FIELD
     # A spot's place in the camera's frame at ground level; a solid's centre is the same, half its height further up.
-    seen = (spots @ axes[:, :2].T - axes @ camera).tolist()
+    seen = (_apply(axes[:, :2], spots) - _apply(axes, camera)).tolist()
     up = axes[:, 2].tolist()
     reach = (radius * np.array(SILHOUETTE)[shape]).tolist()
     half_size, radius = half_size.tolist(), radius.tolist()
@@ -219,10 +215,14 @@ def _place(rng, camera, axes, shape, radius, half_size, tries=96):
         if max(abs(u), abs(v)) + extent > 0.47 / FOCAL:
             continue
         for other_x, other_y, other_radius, other_u, other_v, other_extent, other_depth in placed:
-            if math.hypot(x - other_x, y - other_y) < radius[k] + other_radius + MARGIN:
+            if (
+                math.sqrt((x - other_x) * (x - other_x) + (y - other_y) * (y - other_y))
+                < radius[k] + other_radius + MARGIN
+            ):
                 break
             # What matters is the silhouette of the nearer of the two: the further one's centre stays clear of it.
-            if math.hypot(u - other_u, v - other_v) < 1.05 * (extent if depth < other_depth else other_extent):
+            clear = 1.05 * (extent if depth < other_depth else other_extent)
+            if math.sqrt((u - other_u) * (u - other_u) + (v - other_v) * (v - other_v)) < clear:
                 break
         else:
             placed.append((x, y, radius[k], u, v, extent, depth))
@@ -405,8 +405,8 @@ def _cast_shadows(scene, x, y, lamp, sky):
     height, width = lamp.shape
     size, radius = scene.half_size, scene.radius
     slope = -scene.light[:2] / scene.light[2]
-    ahead = slope / math.hypot(*slope)
-    length = 2 * size * math.hypot(*slope)
+    ahead = slope / _length(slope)
+    length = 2 * size * _length(slope)
     reach = np.where(scene.shape == SPHERE, 2.4, 1.9) * radius
     # A shadow with its soft edge is inside the box of two squares, one around the solid's foot, one around the tip.
     points = np.zeros((len(size), 8, 3))
@@ -416,7 +416,7 @@ def _cast_shadows(scene, x, y, lamp, sky):
     boxes = _boxes(spots.min(axis=1), spots.max(axis=1), height, width)
     solid, row, column = _lay_out(boxes)
 
-    cos, sin = np.cos(scene.angle), np.sin(scene.angle)
+    cos, sin = _cos_sin(scene.angle)
     table = np.array([scene.center[:, 0], scene.center[:, 1], size, radius, length, reach, cos, sin], dtype=np.float32)
     cx, cy, size, radius, length, reach, cos, sin = table.take(solid, axis=1)
     pixel = row * width + column
@@ -469,11 +469,11 @@ def _find_surfaces(scene, height, width, focal):
         point: (3, m) mean place in the world over that share.
     """
     size, rays = scene.half_size, len(_RAYS)
-    cos, sin, zero = np.cos(scene.angle), np.sin(scene.angle), np.zeros_like(scene.angle)
+    (cos, sin), zero = _cos_sin(scene.angle), np.zeros_like(scene.angle)
     turn = np.array([[cos, sin, zero], [-sin, cos, zero], [zero, zero, zero + 1]]).transpose(2, 0, 1)
     # In a solid's own frame it is the unit solid of its shape: the camera and its axes are moved there instead.
-    origin = (turn @ (scene.camera - scene.center)[:, :, None])[:, :, 0].T / size
-    frame = (turn @ scene.axes.T).transpose(2, 1, 0) / size
+    origin = _apply(turn, scene.camera - scene.center).T / size
+    frame = _apply(turn[:, None], scene.axes).transpose(1, 2, 0) / size
     origin, frame = origin.astype(np.float32), frame.astype(np.float32)
 
     boxes = _boxes(*_bounds(scene, turn, height, width, focal), height, width)
@@ -560,14 +560,14 @@ def _shade(scene, solid, normal, point, lamp_color, sky_color):
     upward = 0.5 + 0.5 * normal[2]
     rise = np.maximum(point[2], 0) / size[solid]
     ambient = 0.2 + 0.22 * upward
-    ambient *= 1 - 0.65 * (1 - upward) * np.exp(-rise)
+    ambient *= 1 - 0.65 * (1 - upward) * _exp_minus(rise)
 
     # What a mirror would show: the bright ground, brightest towards the lamp and dark close to the solid, under a dim
     # studio with two wide soft lamps.
     down = np.maximum(-mirror[2], 0.05)
     across = np.sqrt(mirror[0] * mirror[0] + mirror[1] * mirror[1]) + 1e-3
     lampward = np.maximum((mirror[0] * light[0] + mirror[1] * light[1]) / across, 0)
-    floor = (1 - np.exp(-0.9 * rise / down)) * (0.5 + 1.6 * np.square(np.square(lampward))) + 0.08
+    floor = (1 - _exp_minus(0.9 * rise / down)) * (0.5 + 1.6 * np.square(np.square(lampward))) + 0.08
     room = 0.14 + 0.38 * np.maximum(mirror[2], 0)
     shown = floor + _smooth(mirror[2] * 4 + 0.5) * (room - floor)
     toward = np.maximum(_dot(mirror, light), 0)
@@ -575,7 +575,7 @@ def _shade(scene, solid, normal, point, lamp_color, sky_color):
     broad = np.square(np.square(np.square(toward)))
     tight = np.square(np.square(np.square(broad)))
     fill = np.float32([-0.75 * light[0], 0.45 * light[1], 0.62])
-    shown += 0.55 * _smooth(_dot(mirror, fill / np.linalg.norm(fill)) * 6 - 4.8)
+    shown += 0.55 * _smooth(_dot(mirror, fill / _length(fill)) * 6 - 4.8)
     # An edge between two faces shows a blur of everything.
     clear = _smooth(plain * 30 - 29)
     shown = 0.4 + clear * (shown - 0.4)
@@ -659,12 +659,56 @@ def _power_16(a):
     return a * a
 
 
+# What follows stands for functions of numpy and of the C library, whose last bits differ between processors and
+# versions: sums of products in one order, and functions out of additions, multiplications and square roots alone,
+# which IEEE 754 rounds in one way.
+
+
 def _dot(a, b):
     """Sum of products over the first axis, of length 2 or 3."""
     total = a[0] * b[0]
     for i in range(1, len(a)):
         total += a[i] * b[i]
     return total
+
+
+def _apply(matrix, points):
+    """Matrices (..., m, n) times points (..., n), as (..., m); n is 2 or 3."""
+    total = matrix[..., 0] * points[..., None, 0]
+    for i in range(1, points.shape[-1]):
+        total += matrix[..., i] * points[..., None, i]
+    return total
+
+
+def _length(vector):
+    return np.sqrt(_dot(vector, vector))
+
+
+def _cos_sin(angle):
+    """Cosine and sine of angles within a few turns, in radians, float64."""
+    # The series need few terms within an eighth of a turn: the rest is quarters, which only swap and mirror them.
+    quarters = np.rint(angle * (2 / math.pi))
+    rest = angle - quarters * (math.pi / 2)
+    square = rest * rest
+    cos, sin = np.zeros_like(rest), np.zeros_like(rest)
+    for n in range(18, 0, -2):
+        cos = (cos + 1) * square / -(n * (n - 1))
+        sin = (sin + 1) * square / -(n * (n + 1))
+    cos, sin = cos + 1, (sin + 1) * rest
+    quarters = quarters.astype(np.int64) & 3
+    return np.choose(quarters, [cos, -sin, -cos, sin]), np.choose(quarters, [sin, cos, -sin, -cos])
+
+
+def _exp_minus(a):
+    """exp(-a) of numbers from 0 up, float32."""
+    # 2**-(whole + share) is put together from the exponent's bits, and a series of share.
+    a = np.minimum(a * np.float32(1 / math.log(2)), 100)
+    whole = np.floor(a)
+    share = (a - whole) * np.float32(-math.log(2))
+    total = np.ones_like(share)
+    for n in range(8, 0, -1):
+        total = total * share * np.float32(1 / n) + 1
+    return total * ((127 - whole.astype(np.int32)) << 23).view(np.float32)
 
 
 def _smooth(a):
@@ -686,10 +730,10 @@ def _outside(a, b):
 def _bounds(scene, turn, height, width, focal):
     """Lowest and highest pixel coordinates (x, y) of each solid: two arrays (n, 2)."""
     size = scene.half_size
-    corners = (_CORNERS @ turn) * size[:, None, None] + scene.center[:, None]
+    corners = _apply(turn.transpose(0, 2, 1)[:, None], _CORNERS) * size[:, None, None] + scene.center[:, None]
     spots = scene.project(corners.reshape(-1, 3), (height, width)).reshape(-1, 8, 2)
     # A sphere's outline is known exactly: the planes through the camera that touch it.
-    seen = (scene.center - scene.camera) @ scene.axes.T
+    seen = _apply(scene.axes, scene.center - scene.camera)
     aside, depth, size = seen[:, :2], seen[:, 2:], size[:, None]
     spread = size * np.sqrt(aside**2 + depth**2 - size**2)
     middle, scale = np.array([width / 2, height / 2]), focal / (depth**2 - size**2)
