@@ -17,6 +17,8 @@ extras = {
 extras["dev"] = sorted(
     {
         "hypothesis>=6.150",
+        # Kernel and client of the notebook's test.
+        "ipykernel>=6.29",
         "nbclient>=0.10",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
