@@ -4,7 +4,7 @@ import re
 from types import SimpleNamespace
 
 from hf_mim.evaluation.report import describe_results, few_pictures
-from hf_mim.training.callbacks import LogLinesBesideBar, duration, log_line
+from hf_mim.training.log_lines import LogLinesBesideBar, duration, log_line
 from tiny_training import losses, tiny_data, tiny_trainer
 
 

@@ -5,8 +5,8 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.utils import logging
 
-from .callbacks import LogLines, LogLinesBesideBar
 from .loading import LoadingMixin
+from .log_lines import LogLines, LogLinesBesideBar
 from .losses import NEVER, LossesMixin, LossMeter, NonFiniteLossError
 from .saving import SavingMixin
 
