@@ -13,8 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_mim.data import scenes as module
 from hf_mim.data.scenes import COLORS, SCENE_LABELS, SHAPES, SPLITS, render_scene, sample_scene, scenes
+from hf_mim.data.scenes import dataset as scenes_dataset
+from hf_mim.data.scenes.arithmetic import apply, cos_sin, exp_minus
+from hf_mim.data.scenes.drawing import _KNEE, _TONE_TABLE, _TONES, _WHITE, _draw
+from hf_mim.data.scenes.geometry import DEPTH_GAP, FOCAL, MARGIN
+from hf_mim.data.scenes.shading import _ALBEDO
+from hf_mim.data.scenes.surfaces import find_surfaces
 
 COLOR_NAMES = list(COLORS)
 
@@ -100,25 +105,25 @@ def test_other_processors_draw_the_same_to_the_bit():
 
 def test_tables_hang_on_no_last_bit():
     """Powers and the hyperbolic tangent are the C library's: what is kept of them is far from the next value."""
-    light = np.linspace(0.0, module._WHITE, module._TONES)
-    room = 1.0 - module._KNEE
-    light = np.where(light < module._KNEE, light, module._KNEE + room * np.tanh((light - module._KNEE) / room))
+    light = np.linspace(0.0, _WHITE, _TONES)
+    room = 1.0 - _KNEE
+    light = np.where(light < _KNEE, light, _KNEE + room * np.tanh((light - _KNEE) / room))
     tones = 255 * np.where(light < 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
-    assert np.array_equal(module._TONE_TABLE, np.round(tones))
+    assert np.array_equal(_TONE_TABLE, np.round(tones))
     assert abs(tones - np.floor(tones) - 0.5).min() > 1e-9
     albedo = to_linear(list(COLORS.values())).T
     for other in (albedo * (1 - 1e-13), albedo * (1 + 1e-13)):
-        assert np.array_equal(module._ALBEDO, other.astype(np.float32))
+        assert np.array_equal(_ALBEDO, other.astype(np.float32))
 
 
 def test_functions_of_our_own():
     angle = np.linspace(-8, 8, 10001)
-    np.testing.assert_allclose(module._cos_sin(angle), [np.cos(angle), np.sin(angle)], atol=4e-16)
+    np.testing.assert_allclose(cos_sin(angle), [np.cos(angle), np.sin(angle)], atol=4e-16)
     a = np.linspace(0, 200, 10001, dtype=np.float32)
-    np.testing.assert_allclose(module._exp_minus(a), np.exp(-a.astype(np.float64)), rtol=1e-5, atol=1e-29)
-    assert module._exp_minus(a).dtype == np.float32 and module._exp_minus(a)[0] == 1
+    np.testing.assert_allclose(exp_minus(a), np.exp(-a.astype(np.float64)), rtol=1e-5, atol=1e-29)
+    assert exp_minus(a).dtype == np.float32 and exp_minus(a)[0] == 1
     matrix, points = np.random.default_rng(0).random((5, 3, 3)), np.random.default_rng(1).random((5, 3))
-    np.testing.assert_allclose(module._apply(matrix, points), np.einsum("nij,nj->ni", matrix, points))
+    np.testing.assert_allclose(apply(matrix, points), np.einsum("nij,nj->ni", matrix, points))
 
 
 def test_numbers_splits_and_seeds_are_different_scenes():
@@ -162,7 +167,7 @@ def test_labels_are_those_of_the_geometry():
         assert labels["distance"] == bin_
         assert SCENE_LABELS["shape"][labels["shape"]] == SHAPES[scene.shape[nearest]]
         assert SCENE_LABELS["color"][labels["color"]] == COLOR_NAMES[scene.color[nearest]]
-        assert sorted(depths)[1] - sorted(depths)[0] >= module.DEPTH_GAP
+        assert sorted(depths)[1] - sorted(depths)[0] >= DEPTH_GAP
 
 
 def test_solids_stand_apart_on_the_ground_and_in_the_frame():
@@ -176,8 +181,8 @@ def test_solids_stand_apart_on_the_ground_and_in_the_frame():
         for a in range(n):
             for b in range(a):
                 apart = np.linalg.norm(scene.center[a, :2] - scene.center[b, :2])
-                assert apart >= scene.radius[a] + scene.radius[b] + module.MARGIN
-        pixel, cover, solid, _, _ = module._find_surfaces(scene, 64, 64, module.FOCAL * 64)
+                assert apart >= scene.radius[a] + scene.radius[b] + MARGIN
+        pixel, cover, solid, _, _ = find_surfaces(scene, 64, 64, FOCAL * 64)
         row, column = np.divmod(pixel, 64)
         assert min(row.min(), column.min()) > 0 and max(row.max(), column.max()) < 63
         # Every solid is seen, and never as a speck: the smallest ones are about six pixels across.
@@ -202,7 +207,7 @@ def test_every_class_is_populated():
 def test_surfaces_are_where_a_dense_march_finds_them(index):
     """Against walking along the ray of every pixel's centre in small steps, until a point is inside a solid."""
     scene, size = sample_scene(index, seed=3), 40
-    line = (np.arange(size) + 0.5 - size / 2) / (module.FOCAL * size)
+    line = (np.arange(size) + 0.5 - size / 2) / (FOCAL * size)
     v, u = np.meshgrid(line, line, indexing="ij")
     ray = scene.axes[2] + u[..., None] * scene.axes[0] + v[..., None] * scene.axes[1]
     expected = np.full((size, size), -1)
@@ -210,7 +215,7 @@ def test_surfaces_are_where_a_dense_march_finds_them(index):
         points = scene.camera + depth * ray
         for k in range(len(scene.center)):
             expected[is_inside(scene, k, points)] = k
-    pixel, cover, solid, normal, point = module._find_surfaces(scene, size, size, module.FOCAL * size)
+    pixel, cover, solid, normal, point = find_surfaces(scene, size, size, FOCAL * size)
     full = cover == 1
     assert full.sum() > 20
     np.testing.assert_array_equal(solid[full], expected.ravel()[pixel[full]])
@@ -245,7 +250,7 @@ def test_a_solid_casts_its_shadow_away_from_the_lamp(shape):
     scene = alone(scene, shape=shape, radius=0.72, center=(0.0, 0.0, 0.72), metal=False, angle=0.0)
     scene = alone(scene, center=(0.0, 0.0, scene.half_size[0]))
     foot = scene.half_size[0]
-    picture = module._draw(scene, 128, 128).mean(axis=2)
+    picture = _draw(scene, 128, 128).mean(axis=2)
     spots = scene.project(np.array([[foot + 0.3, 0, 0], [-foot - 0.3, 0, 0], [-2.5, 0, 0]]), 128)
     shadow, lit_side, far = (picture[int(y), int(x)] for x, y in spots)
     # Beside the solid the ground sees a little less of the sky; in its shadow the lamp is gone.
@@ -255,9 +260,9 @@ def test_a_solid_casts_its_shadow_away_from_the_lamp(shape):
 def test_metal_shines_and_rubber_does_not():
     matte = alone(sample_scene(0), shape=0, radius=0.72, center=(0.0, 0.0, 0.72), metal=False, color=2)
     metal = dataclasses.replace(matte, metal=np.array([True]))
-    pixel, cover, *_ = module._find_surfaces(matte, 128, 128, module.FOCAL * 128)
+    pixel, cover, *_ = find_surfaces(matte, 128, 128, FOCAL * 128)
     ball = pixel[cover == 1]
-    brightest = [module._draw(scene, 128, 128).reshape(-1, 3)[ball, 0].max() for scene in (matte, metal)]
+    brightest = [_draw(scene, 128, 128).reshape(-1, 3)[ball, 0].max() for scene in (matte, metal)]
     # The ball's own blue holds almost no red, but the lamp's reflection in metal is close to white.
     assert brightest[0] < 130 and brightest[1] > 180
 
@@ -305,7 +310,7 @@ def test_the_data_set_is_drawn_once(tmp_path, monkeypatch):
         drawn.append(args)
         return render_scene(*args, **kwargs)
 
-    monkeypatch.setattr(module, "render_scene", count)
+    monkeypatch.setattr(scenes_dataset, "render_scene", count)
     first = scenes("train", 5, image_size=16, cache_dir=str(tmp_path))
     assert len(drawn) == 5
     np.random.seed(1)
@@ -321,7 +326,7 @@ def test_the_data_set_is_drawn_once(tmp_path, monkeypatch):
         scenes(split, num_images, image_size=size, seed=seed, cache_dir=str(tmp_path))
         assert len(drawn) == num_images
     drawn.clear()
-    monkeypatch.setattr(module, "SCENES_VERSION", module.SCENES_VERSION + 1)
+    monkeypatch.setattr(scenes_dataset, "SCENES_VERSION", scenes_dataset.SCENES_VERSION + 1)
     scenes("train", 5, image_size=16, cache_dir=str(tmp_path))
     assert len(drawn) == 5
 
@@ -332,7 +337,7 @@ def test_a_drawing_stopped_half_way_is_begun_again(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return render_scene(index, **kwargs)
 
-    monkeypatch.setattr(module, "render_scene", stop)
+    monkeypatch.setattr(scenes_dataset, "render_scene", stop)
     with pytest.raises(KeyboardInterrupt):
         scenes("train", 5, image_size=16, cache_dir=str(tmp_path))
     monkeypatch.undo()
