@@ -13,8 +13,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_mim.models.vit.configuration_vit import MaskedViTConfig
 from hf_mim.models.vit.frozen import FrozenViT, frozen_config, load_source, read_source
-from hf_mim.models.vit.modeling_vit import MaskedViTForPreTraining, MaskedViTModel
+from hf_mim.models.vit.modeling_vit import MaskedViTModel
 from hf_mim.models.vit.pixels import PixelRenormalization
+from hf_mim.models.vit.pretraining import MaskedViTForPreTraining
 from hf_mim.registry import METHODS
 from tiny import scrambled, slow_position_table, tiny_config, tiny_model
 

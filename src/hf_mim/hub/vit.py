@@ -6,11 +6,11 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, 
 from ..models.vit.configuration_vit import MaskedViTConfig
 from ..models.vit.modeling_vit import (
     MaskedViTForImageClassification,
-    MaskedViTForPreTraining,
     MaskedViTModel,
     MaskedViTPreTrainedModel,
 )
 from ..models.vit.position import sincos_position_table
+from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, METHODS, MODEL_TYPES
 

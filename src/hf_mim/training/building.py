@@ -15,7 +15,7 @@ from ..hub.vit import encoder_from_vit
 from ..models.presets import preset_config
 from ..models.vit.alignment import align_weights
 from ..models.vit.frozen import describe_config, load_quietly, read_description, read_normalization, read_source
-from ..models.vit.modeling_vit import MaskedViTForPreTraining
+from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
 from ..models.vit.transfer import at_image_size, load_at_another_size
 from ..registry import BASELINES, ENCODER, METHODS, MODEL_TYPES, method_class, method_name

@@ -12,11 +12,11 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
     MaskedViTForImageClassification,
-    MaskedViTForPreTraining,
     MaskedViTModel,
     refuse_unknown,
     with_encoder,
 )
+from ..vit.pretraining import MaskedViTForPreTraining
 from .configuration_dbot import DBOTConfig
 
 _TARGET_EPS = 1e-6

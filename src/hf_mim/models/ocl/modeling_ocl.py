@@ -13,11 +13,11 @@ from transformers.utils.generic import can_return_tuple
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTForImageClassification,
-    MaskedViTForPreTraining,
     MaskedViTModel,
     refuse_unknown,
     with_encoder,
 )
+from ..vit.pretraining import MaskedViTForPreTraining
 from .configuration_ocl import MIN_TEMPERATURE, OCLConfig
 
 logger = logging.get_logger(__name__)

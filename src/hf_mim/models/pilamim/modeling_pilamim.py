@@ -11,12 +11,12 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
     MaskedViTForImageClassification,
-    MaskedViTForPreTraining,
     MaskedViTModel,
     patchify,
     refuse_unknown,
     with_encoder,
 )
+from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.sizes import as_pair
 from .configuration_pilamim import PiLaMIMConfig
 

@@ -24,7 +24,6 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTEmbeddings,
     MaskedViTForImageClassification,
-    MaskedViTForPreTraining,
     MaskedViTModel,
     add_position_table,
     build_layers,
@@ -32,6 +31,7 @@ from ..vit.modeling_vit import (
     refuse_unknown,
     with_encoder,
 )
+from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.transfer import refuse_other_network
 from .configuration_tec import TECConfig
 

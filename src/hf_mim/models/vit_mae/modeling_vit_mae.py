@@ -15,8 +15,9 @@ from transformers.models.vit_mae import modeling_vit_mae as stock
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.alignment import AlignedLoading
-from ..vit.modeling_vit import MaskedViTModel, PreTrainingMixin, init_linear, refuse_unknown
+from ..vit.modeling_vit import MaskedViTModel, init_linear, refuse_unknown
 from ..vit.position import sincos_position_table
+from ..vit.pretraining import PreTrainingMixin
 from ..vit.transfer import refuse_other_network
 from .configuration_vit_mae import ViTMAEConfig
 
