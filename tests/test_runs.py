@@ -13,6 +13,7 @@ import pytest
 from hf_mim.data.sources import PictureDataset, from_folder
 from hf_mim.jobs import finetuning, pretraining
 from hf_mim.training.arguments import MIMTrainingArguments
+from hf_mim.training.callbacks import SaveOnInterrupt
 from hf_mim.training.errors import plain_message
 from hf_mim.training.run_lock import only_run_in
 from tiny_training import FLAGS, REPOSITORY, environment, pictures, write_pictures
@@ -84,6 +85,21 @@ class TestAnotherRun:
         flags = [*FLAGS, *RUN, f"--train_dir={other}", f"--output_dir={run}", "--resume_from_checkpoint=false"]
         assert pretraining.main(flags) == 0
         assert json.loads((run / "run.json").read_text())["decides"]["data"] == str(other)
+
+    def test_begun_anew_and_stopped_goes_on_without_being_told_so_again(self, run, folder, monkeypatch):
+        """The old run's record is no longer the folder's."""
+        flags = [*FLAGS, *RUN, f"--train_dir={folder}", f"--output_dir={run}", "--weight_decay=0.1"]
+
+        def stopping(callback, args, state, control, **kwargs):
+            if state.global_step == 6:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SaveOnInterrupt, "on_step_begin", stopping)
+            assert pretraining.main([*flags, "--resume_from_checkpoint=false"]) == 130
+        assert (run / "_old-run.json").is_file()
+        assert pretraining.main(flags) == 0
+        assert json.loads((run / "run.json").read_text())["decides"]["weight_decay"] == 0.1
 
     def test_a_copy_of_the_pictures_logging_and_saving_make_no_other_run(self, run, folder, tmp_path, capsys):
         shutil.copytree(folder, tmp_path / "copy")

@@ -13,6 +13,7 @@ import transformers
 from .. import __version__
 from ..files import write_json
 from .arguments import ViTTrainingArguments
+from .checkpoints import unused_path
 
 # Beside the weights.
 RUN_RECORD = "run.json"
@@ -74,6 +75,15 @@ def describe_pictures(train_dataset) -> dict:
 def write_record(folder: str | Path, record: dict) -> None:
     """Writes what decided a run's result (`decides`), and what else is worth knowing of it, beside its weights."""
     write_json(Path(folder) / RUN_RECORD, record)
+
+
+def set_record_aside(folder: str | Path, record: dict) -> None:
+    """Renames the record of another run that was in `folder`, which from now on is this one's, to `_old-run.json`."""
+    old = Path(folder) / RUN_RECORD
+    try:
+        check_same_run(folder, record)
+    except ValueError:
+        old.rename(unused_path(old.with_name(f"_old-{RUN_RECORD}")))
 
 
 def check_same_run(folder: str | Path, record: dict, what: str = "holds another run") -> None:

@@ -17,7 +17,7 @@ from .checkpoints import (
     unfinished,
 )
 from .losses import NonFiniteLossError
-from .run_record import RUN_RECORD, check_same_run, run_record, write_record
+from .run_record import RUN_RECORD, check_same_run, run_record, set_record_aside, write_record
 
 # What transformers calls the state of a training.
 _STATE = "trainer_state.json"
@@ -44,6 +44,8 @@ class SavingMixin:
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             set_later_checkpoints_aside(self.args.output_dir, checkpoint)
+            if checkpoint is None:
+                set_record_aside(self.args.output_dir, self.run_record)
         self.accelerator.wait_for_everyone()
         return super().train(checkpoint, *args, **kwargs)
 
