@@ -137,6 +137,30 @@ def test_registering_twice_changes_nothing():
     assert printed.strip() == "-1"
 
 
+WANTED = """
+import hf_mim
+from hf_mim.__main__ import main
+for name in ("KNNAccuracy", "FineTuningArguments"):
+    try:
+        getattr(hf_mim, name)
+    except ImportError as error:
+        print(error)
+import sys
+sys.stderr = sys.stdout
+print(main(["finetune", "--output_dir=x"]))
+"""
+
+
+def test_what_is_missing_and_wanted_is_said_in_a_line():
+    without = LIGHT.split("import numpy")[0].format(missing=["timm", "evaluate"])
+    assert run_python(without + WANTED).splitlines() == [
+        "hf_mim.KNNAccuracy: The package evaluate is wanted for this and is not installed: pip install evaluate",
+        "hf_mim.FineTuningArguments: The package timm is wanted for this and is not installed: pip install timm",
+        "Error: The package timm is wanted for this and is not installed: pip install timm",
+        "1",
+    ]
+
+
 def test_unknown_method_is_named_with_the_known_ones():
     for call in (lambda: method_module("mae", "modeling"), lambda: method_class("mae", "Config")):
         with pytest.raises(ValueError, match="'mae'.*" + ", ".join(METHODS)):

@@ -6,6 +6,7 @@ Importing this package registers its models with transformers' Auto classes. Eve
 import importlib
 from typing import TYPE_CHECKING
 
+from .missing import say_missing
 from .registry import _AUTO_CLASSES, BASELINES, ENCODER, METHODS, method_class, register_auto_classes
 
 __version__ = "0.1.0.dev0"
@@ -90,7 +91,13 @@ def __getattr__(name: str):
     if name in _CLASSES:
         return method_class(*_CLASSES[name])
     if name in _IN_MODULES:
-        return getattr(importlib.import_module(_IN_MODULES[name], __name__), name)
+        try:
+            return getattr(importlib.import_module(_IN_MODULES[name], __name__), name)
+        except ImportError as error:
+            message = say_missing(error)
+            if message is None:
+                raise
+            raise ImportError(f"hf_mim.{name}: {message}", name=error.name) from None
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -3,6 +3,8 @@
 import importlib
 import sys
 
+from .missing import say_missing
+
 # Sub-command: the module whose `main` it is, and what it does. The modules are imported when they are asked for.
 COMMANDS = {
     "pretrain": ("hf_mim.jobs.pretraining", "pretrain a Vision Transformer on images without labels"),
@@ -39,7 +41,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     # What argparse calls the program in its help.
     sys.argv[0] = f"hf_mim {name}"
-    return importlib.import_module(COMMANDS[name][0]).main(rest)
+    try:
+        job = importlib.import_module(COMMANDS[name][0])
+    except ImportError as error:
+        message = say_missing(error)
+        if message is None:
+            raise
+        print(f"Error: {message}", file=sys.stderr)
+        return 1
+    return job.main(rest)
 
 
 if __name__ == "__main__":

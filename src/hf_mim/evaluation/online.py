@@ -1,6 +1,9 @@
 """How good the encoder's features are while it is being pretrained."""
 
+import functools
 from statistics import fmean
+
+from accelerate import PartialState
 
 from ..data.loading import PictureSplits
 from ..data.sources import PictureStream
@@ -54,7 +57,7 @@ class OnlineEvaluation:
         self.scores = {
             name: score
             for name, score, wanted in (
-                ("knn_accuracy", knn_accuracy, knn),
+                ("knn_accuracy", functools.partial(knn_accuracy, device=PartialState().device), knn),
                 ("linear_accuracy", linear_probe_accuracy, linear),
             )
             if wanted

@@ -1,6 +1,7 @@
 """How good features are: k-NN and linear accuracy for every label, and RankMe, as numbers and as a table."""
 
 import torch
+from accelerate import PartialState
 
 from .encoders import PIXELS
 from .features import Features
@@ -37,6 +38,8 @@ def evaluate_features(
     }
     first_train, first_test = next(iter(pairs.values()))
     results = {"num_train": len(first_train), "num_test": len(first_test), "features": {}}
+    # Features are kept on the CPU; their similarities are computed where there is a faster device.
+    device = PartialState().device
     results["notes"] = [note for label in train_labels for note in _notes(label, train_labels, test_labels)]
     for name, (train_features, test_features) in pairs.items():
         finite = bool(train_features.isfinite().all() and test_features.isfinite().all())
@@ -51,7 +54,7 @@ def evaluate_features(
                 *labelled(train_features, train_labels[label]),
                 *labelled(test_features, test_labels[label]),
             )
-            scores["knn"][label] = knn_accuracy(*split)
+            scores["knn"][label] = knn_accuracy(*split, device=device)
             scores["linear"][label] = linear_probe_accuracy(*split)
         results["features"][name] = scores
     return results

@@ -14,6 +14,7 @@ from transformers import Trainer
 from transformers.utils import logging
 
 from ..data.pictures import BrokenPictureError
+from ..missing import say_missing
 from .losses import NonFiniteLossError
 
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -73,6 +74,8 @@ def plain_message(error: Exception) -> str | None:
         )
     if isinstance(error, NonFiniteLossError) or getattr(error, "filename", None) is not None:
         return text
+    if isinstance(error, ImportError) and say_missing(error) is not None:
+        return say_missing(error)
     if isinstance(error, ImportError) and raised_in.startswith(_PACKAGE) and "pip install" in text:
         return text
     if isinstance(error, ValueError | OSError) and (before_training or raised_in.startswith(_PACKAGE)):
