@@ -135,6 +135,9 @@ class ViTTrainingArguments(TrainingArguments):
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
         asked_for_float32 = not self.bf16 and not self.fp16
         super().__post_init__()
+        if self.device.type == "cpu":
+            # With several processes accelerate names it cpu:0, where torch before 2.11 cannot load a checkpoint to.
+            self.__dict__["_setup_devices"] = torch.device("cpu")
         if self.n_gpu > 1:
             # The Trainer would wrap the network in DataParallel, whose shares of a batch know nothing of each other.
             logger.warning(f"One process uses one of the {self.n_gpu} GPUs: for all, start by `accelerate launch`.")

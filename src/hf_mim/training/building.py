@@ -244,16 +244,13 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
                 "above). Leave their sizes out of --config_overrides."
             ) from error
         missing = info["missing_keys"]
+        _say_what_is_new(args.model_name_or_path, source, set(missing))
     else:
         model = model_class._from_config(config, **kwargs)
         model.load_encoder(_load_encoder(args.model_name_or_path, config.image_size))
         given = ("encoder.", "vit.") if frozen is None else ("encoder.", f"{_FROZEN[args.model_type][0]}.")
         missing = {name for name in model.state_dict() if not name.startswith(given)}
-        built = sorted({name.split(".")[0] for name in model.fill_missing(missing)})
-        if built:
-            logger.warning(
-                f"{args.model_name_or_path} ({source.model_type}) gives the encoder; new: {', '.join(built)}."
-            )
+        _say_what_is_new(args.model_name_or_path, source, model.fill_missing(missing))
     if frozen is not None:
         model.take_source(read_source(frozen), new_encoder=False)
     elif args.model_type in _FROZEN:
@@ -264,6 +261,12 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
                 f"from. Give --{name}_model_name_or_path too."
             )
     return model
+
+
+def _say_what_is_new(path: str, source, names: set[str]) -> None:
+    built = sorted({name.split(".")[0] for name in names})
+    if built:
+        logger.warning(f"{path} ({source.model_type}) gives the encoder; new: {', '.join(built)}.")
 
 
 def load_pretraining_model(args: ModelArguments, folder: str) -> MaskedViTForPreTraining:
