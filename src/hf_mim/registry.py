@@ -6,31 +6,42 @@ import importlib.abc
 import importlib.util
 import sys
 
-# model_type: prefix of the class names. The classes are in `hf_mim.models.<model_type>`.
-METHODS = {
-    "pilamim": "PiLaMIM",
-    "ocl": "OCL",
-    "tec": "TEC",
-    "dbot": "DBOT",
-}
+from .models.method import Method
 
-# Where papers write a name otherwise than the classes do.
-_WRITTEN = {
-    "dbot": "dBOT",
-    "vit_mae": "MAE",
-}
+# A method is a folder here, with its record in `method.py`.
+_FOLDERS = ("pilamim", "ocl", "tec", "dbot", "vit_mae")
 
+# By model_type, the records of all methods and baselines; and the prefixes of their class names.
+RECORDS: dict[str, Method] = {}
+METHODS: dict[str, str] = {}
 # Pretrained as the methods are, under a model_type of transformers, whose Auto classes stay as they are: what is saved
 # is stock.
-BASELINES = {
-    "vit_mae": "ViTMAE",
-}
+BASELINES: dict[str, str] = {}
+# What --model_type may be.
+MODEL_TYPES: dict[str, str] = {}
 # The encoder without a method, in `hf_mim.models.vit`: what a stock ViT or ViTMAE becomes for fine-tuning.
 ENCODER = {
     "masked_vit": "MaskedViT",
 }
-# What --model_type may be.
-MODEL_TYPES = METHODS | BASELINES
+
+
+def add_method(record: Method) -> None:
+    """
+    Makes a method known, by what its folder's `method.py` says of it. `register_auto_classes` then makes transformers
+    know it too.
+
+    Raises:
+        ValueError: If another has its model_type.
+    """
+    if record.model_type in MODEL_TYPES:
+        raise ValueError(f"There is a method {record.model_type!r} already.")
+    RECORDS[record.model_type] = record
+    MODEL_TYPES[record.model_type] = record.prefix
+    (BASELINES if record.is_baseline else METHODS)[record.model_type] = record.prefix
+
+
+for _folder in _FOLDERS:
+    add_method(importlib.import_module(f"hf_mim.models.{_folder}.method").METHOD)
 
 # Auto class in transformers: suffix of our class.
 _AUTO_CLASSES = {
@@ -45,7 +56,7 @@ _IMAGE_PROCESSING_AUTO = "transformers.models.auto.image_processing_auto"
 
 def method_name(model_type: str) -> str:
     """What people call a method or baseline."""
-    return _WRITTEN.get(model_type, MODEL_TYPES[model_type])
+    return RECORDS[model_type].name
 
 
 def method_module(model_type: str, kind: str):
@@ -61,8 +72,9 @@ def method_module(model_type: str, kind: str):
         # The encoder without a method cannot be pretrained, which is what most ask for.
         names = ", ".join(name for name in known if name not in ENCODER)
         raise ValueError(f"model_type is {model_type!r}; expected one of {names}.")
-    folder = "vit" if model_type in ENCODER else model_type
-    return importlib.import_module(f"hf_mim.models.{folder}.{kind}_{folder}")
+    if model_type in ENCODER:
+        return importlib.import_module(f"hf_mim.models.vit.{kind}_vit")
+    return importlib.import_module(f"{RECORDS[model_type].package}.{model_type}.{kind}_{model_type}")
 
 
 def method_class(model_type: str, suffix: str) -> type:

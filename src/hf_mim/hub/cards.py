@@ -5,17 +5,7 @@ from pathlib import Path
 from ..evaluation.report import describe_results, markdown_table, results_table
 from ..files import write_text
 from ..models.vit.sizes import as_pair
-from ..registry import BASELINES, method_name
-
-_PAPERS = {
-    "pilamim": "Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked "
-    "Image Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
-    "vit_mae": "He et al., *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022",
-    "ocl": "*One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views "
-    "for Efficient Visual Representation*",
-    "tec": "Gao et al., *Towards Sustainable Self-supervised Learning*, 2022",
-    "dbot": "Liu et al., *Exploring Target Representations for Masked Autoencoders*, ICLR 2024",
-}
+from ..registry import BASELINES, RECORDS, method_name
 
 _USE = """import hf_mim  # registers the model with the Auto classes
 from transformers import AutoImageProcessor, AutoModel
@@ -89,7 +79,7 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
             method=method_name(config.model_type),
             use=(_USE_OF_BASELINE if baseline else _USE).format(name=name),
             rest=_REST_OF_BASELINE if baseline else _REST,
-            paper=_PAPERS[config.model_type],
+            paper=RECORDS[config.model_type].paper,
             name=name,
             width=config.hidden_size,
             depth=config.num_hidden_layers,

@@ -1,5 +1,7 @@
 """Sizes of networks by name."""
 
+from ..registry import RECORDS
+from .method import PRESETS
 from .vit.sizes import as_pair
 
 # Encoders. Grids: about 8 x 8 patches in tiny, whose patch follows the image size; elsewhere 14 x 14, huge 16 x 16.
@@ -12,42 +14,6 @@ _ENCODERS = {
 }
 _IMAGE_AND_PATCH_SIZE = {"tiny": (64, None), "huge": (224, 14)}
 _TINY_GRID = 8
-
-# What a method changes besides the encoder, by preset; elsewhere its config's defaults hold.
-_METHOD_FIELDS = {
-    ("pilamim", "tiny"): {
-        "decoder_hidden_size": 64,
-        "decoder_num_hidden_layers": 2,
-        "decoder_num_attention_heads": 2,
-        # At 0.996 the target hardly leaves its start in a run of a thousand steps.
-        "ema_momentum": 0.99,
-    },
-    ("vit_mae", "tiny"): {
-        "decoder_hidden_size": 64,
-        "decoder_num_hidden_layers": 2,
-        "decoder_num_attention_heads": 2,
-    },
-    ("ocl", "large"): {"mask_ratio": 0.4},
-    ("tec", "tiny"): {
-        "adapter_group_size": 2,
-        "decoder_hidden_size": 64,
-        "decoder_num_attention_heads": 2,
-    },
-    # The paper's ViT-L; its temperature is for MAE-L as base.
-    ("tec", "large"): {"decoder_hidden_size": 768, "attention_temperature": 1.4},
-    # 32 blocks are no multiple of 3.
-    ("tec", "huge"): {"adapter_group_size": 4},
-    # At four blocks stochastic depth only takes away.
-    ("dbot", "tiny"): {
-        "decoder_hidden_size": 64,
-        "decoder_num_hidden_layers": 2,
-        "decoder_num_attention_heads": 2,
-        "drop_path_rate": 0.0,
-    },
-    ("dbot", "huge"): {"drop_path_rate": 0.3},
-}
-
-PRESETS = tuple(_ENCODERS)
 
 
 def preset_config(
@@ -76,7 +42,9 @@ def preset_config(
     else:
         patch_size = [_tiny_patch(side) for side in image_size]
     sizes = {"image_size": list(image_size), "patch_size": patch_size}
-    return _ENCODERS[preset] | sizes | _METHOD_FIELDS.get((model_type, preset), {})
+    # The encoder without a method has no record.
+    of_method = RECORDS[model_type].presets.get(preset, {}) if model_type in RECORDS else {}
+    return _ENCODERS[preset] | sizes | of_method
 
 
 def _tiny_patch(side: int) -> int:

@@ -18,14 +18,10 @@ from ..models.vit.frozen import describe_config, load_quietly, read_description,
 from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
 from ..models.vit.transfer import at_image_size, load_at_another_size
-from ..registry import BASELINES, ENCODER, METHODS, MODEL_TYPES, method_class, method_name
+from ..registry import BASELINES, ENCODER, METHODS, MODEL_TYPES, RECORDS, method_class, method_name
 from .command import ClassifierArguments, ModelArguments
 
 logger = logging.get_logger(__name__)
-
-# Methods that learn from a trained network: the name of its part, with which its flag and its config's fields start,
-# and whether it may be left out.
-_FROZEN = {"tec": ("base", False), "dbot": ("teacher", True)}
 
 # What tells an encoder's shape; weights that are loaded decide it.
 _ENCODER_FIELDS = (
@@ -86,7 +82,10 @@ def describe_frozen(args: ModelArguments, config, num_channels: int | None) -> N
     Raises:
         ValueError: If the flag that names it is missing, or names what cannot be learnt from.
     """
-    for model_type, (name, optional) in _FROZEN.items():
+    for model_type, record in RECORDS.items():
+        if record.frozen is None:
+            continue
+        name, optional = record.frozen.name, record.frozen.optional
         flag = f"{name}_model_name_or_path"
         path = getattr(args, flag)
         if model_type != args.model_type:
@@ -224,7 +223,7 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     """The pretraining model, with the weights of `model_name_or_path` where given."""
     model_class = method_class(args.model_type, "ForPreTraining")
     kwargs = _attention(args)
-    frozen = _frozen_path(args)
+    part, frozen = RECORDS[args.model_type].frozen, _frozen_path(args)
     if args.model_name_or_path is None:
         model = model_class._from_config(config, **kwargs)
         if frozen is not None:
@@ -248,18 +247,16 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
     else:
         model = model_class._from_config(config, **kwargs)
         model.load_encoder(_load_encoder(args.model_name_or_path, config.image_size))
-        given = ("encoder.", "vit.") if frozen is None else ("encoder.", f"{_FROZEN[args.model_type][0]}.")
+        given = ("encoder.", "vit.") if frozen is None else ("encoder.", f"{part.name}.")
         missing = {name for name in model.state_dict() if not name.startswith(given)}
         _say_what_is_new(args.model_name_or_path, source, model.fill_missing(missing))
     if frozen is not None:
         model.take_source(read_source(frozen), new_encoder=False)
-    elif args.model_type in _FROZEN:
-        name, optional = _FROZEN[args.model_type]
-        if not optional and any(key.startswith(f"{name}.") for key in missing):
-            raise ValueError(
-                f"{args.model_name_or_path} does not hold the network that {method_name(args.model_type)} learns "
-                f"from. Give --{name}_model_name_or_path too."
-            )
+    elif part is not None and not part.optional and any(key.startswith(f"{part.name}.") for key in missing):
+        raise ValueError(
+            f"{args.model_name_or_path} does not hold the network that {method_name(args.model_type)} learns from. "
+            f"Give --{part.name}_model_name_or_path too."
+        )
     return model
 
 
@@ -280,9 +277,8 @@ def _attention(args: ModelArguments | ClassifierArguments) -> dict[str, str]:
 
 def _frozen_path(args: ModelArguments) -> str | None:
     """The trained network that the method learns from, if the flags name one."""
-    if args.model_type not in _FROZEN:
-        return None
-    return getattr(args, f"{_FROZEN[args.model_type][0]}_model_name_or_path")
+    part = RECORDS[args.model_type].frozen
+    return None if part is None else getattr(args, f"{part.name}_model_name_or_path")
 
 
 def parse_overrides(text: str | None) -> dict:

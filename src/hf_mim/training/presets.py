@@ -1,5 +1,7 @@
 """Schedules by name, for the networks of the same names. Flags and recipes override every number."""
 
+from ..registry import RECORDS
+
 # MAE's schedule (its 40 epochs of warm-up are the default share of 0.05), and one of minutes for tiny.
 _TRAINING = {"num_train_epochs": 800, "per_device_train_batch_size": 64}
 _TINY_TRAINING = {
@@ -8,15 +10,6 @@ _TINY_TRAINING = {
     "base_learning_rate": 4e-3,
     "logging_steps": 25,
     "save_strategy": "epoch",
-}
-
-# What a method changes of these, by preset.
-_METHOD_TRAINING = {
-    ("ocl", "tiny"): {
-        # Pictures are told from the others of their batch.
-        "per_device_train_batch_size": 256,
-        "base_learning_rate": 2e-3,
-    },
 }
 
 # Fine-tuning as MAE's: ViT-B's numbers, 50 epochs for L and H. The recipes of TEC and OCL have their own.
@@ -61,4 +54,5 @@ FINE_TUNING_PRESETS = {
 
 def preset_training(preset: str, model_type: str) -> dict:
     """The training arguments that a preset sets for a method."""
-    return (_TINY_TRAINING if preset == "tiny" else _TRAINING) | _METHOD_TRAINING.get((model_type, preset), {})
+    of_method = RECORDS[model_type].schedules.get(preset, {}) if model_type in RECORDS else {}
+    return (_TINY_TRAINING if preset == "tiny" else _TRAINING) | of_method

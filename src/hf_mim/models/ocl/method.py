@@ -1,0 +1,15 @@
+"""What hf_mim has to know of OCL."""
+
+from ..method import Method
+
+METHOD = Method(
+    model_type="ocl",
+    prefix="OCL",
+    name="OCL",
+    paper="*One Leaf Reveals the Season: Occlusion-Based Contrastive Learning with Semantic-Aware Views for Efficient "
+    "Visual Representation*",
+    presets={"large": {"mask_ratio": 0.4}},
+    # Pictures are told from the others of their batch.
+    schedules={"tiny": {"per_device_train_batch_size": 256, "base_learning_rate": 2e-3}},
+    frozen=None,
+)

@@ -1,0 +1,22 @@
+"""What hf_mim has to know of PiLaMIM."""
+
+from ..method import Method
+
+METHOD = Method(
+    model_type="pilamim",
+    prefix="PiLaMIM",
+    name="PiLaMIM",
+    paper="Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image "
+    "Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
+    presets={
+        "tiny": {
+            "decoder_hidden_size": 64,
+            "decoder_num_hidden_layers": 2,
+            "decoder_num_attention_heads": 2,
+            # At 0.996 the target hardly leaves its start in a run of a thousand steps.
+            "ema_momentum": 0.99,
+        },
+    },
+    schedules={},
+    frozen=None,
+)

@@ -1,0 +1,16 @@
+"""What hf_mim has to know of the baseline, MAE."""
+
+from ..method import Method
+
+METHOD = Method(
+    model_type="vit_mae",
+    prefix="ViTMAE",
+    name="MAE",
+    paper="He et al., *Masked Autoencoders Are Scalable Vision Learners*, CVPR 2022",
+    presets={
+        "tiny": {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2},
+    },
+    schedules={},
+    frozen=None,
+    is_baseline=True,
+)
