@@ -21,6 +21,21 @@ def run_python(code: str) -> str:
     return result.stdout
 
 
+def run_forked(before: str, codes: list[str]) -> list[str]:
+    """The line that each of `codes` prints in a process that has run `before` and nothing else: forks of one
+    interpreter, so that what `before` imports is paid once."""
+    forks = f"""
+{before}
+import os
+for code in {codes!r}:
+    if (child := os.fork()) == 0:
+        exec(code)
+        raise SystemExit
+    assert os.waitpid(child, 0)[1] == 0, code
+"""
+    return run_python(forks).splitlines()
+
+
 def modules_after(code: str) -> set[str]:
     return set(run_python(f"{code}\nimport sys\nprint(*sys.modules, sep='\\n')").split())
 
@@ -77,7 +92,7 @@ def test_where_a_module_is_may_be_asked_before_it_is_imported(tmp_path):
 
 
 # What a server that only embeds may leave out.
-LIGHT = """
+WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
 class Without(PathFinder):
@@ -85,9 +100,8 @@ class Without(PathFinder):
     def find_spec(cls, name, path=None, target=None):
         return None if name.split(".")[0] in {missing!r} else PathFinder.find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Without
-import numpy as np, torch
-import hf_mim
-from transformers import AutoImageProcessor, AutoModel
+"""
+EMBEDDING = """
 model = AutoModel.from_pretrained({folder!r})
 processor = AutoImageProcessor.from_pretrained({folder!r})
 image = np.zeros((40, 50, {channels}), dtype=np.uint8)
@@ -96,31 +110,38 @@ hf_mim.to_vit(model)
 """
 
 
-@pytest.mark.parametrize(("model_type", "channels"), [*((method, 5) for method in METHODS), ("tec", 3)])
-def test_embedding_needs_none_of_what_training_needs(model_type, channels, tmp_path):
-    tiny_model(model_type, "ForPreTraining", num_channels=channels).save_pretrained(tmp_path)
-    build_image_processor((32, 48), channels, [0.5] * channels, [0.5] * channels).save_pretrained(tmp_path)
-    missing = ["timm", "datasets", "evaluate", "matplotlib", "sklearn", "peft"]
-    printed = run_python(LIGHT.format(missing=missing, folder=str(tmp_path), channels=channels))
-    assert printed.strip() == "(1, 32)"
+def test_embedding_needs_none_of_what_training_needs(tmp_path):
+    embeddings = []
+    for model_type, channels in [*((method, 5) for method in METHODS), ("tec", 3)]:
+        folder = str(tmp_path / f"{model_type}-{channels}")
+        tiny_model(model_type, "ForPreTraining", num_channels=channels).save_pretrained(folder)
+        build_image_processor((32, 48), channels, [0.5] * channels, [0.5] * channels).save_pretrained(folder)
+        embeddings.append(EMBEDDING.format(folder=folder, channels=channels))
+    before = WITHOUT.format(missing=["timm", "datasets", "evaluate", "matplotlib", "sklearn", "peft"]) + (
+        "import numpy as np, torch\nimport hf_mim\nfrom transformers import AutoImageProcessor, AutoModel"
+    )
+    assert run_forked(before, embeddings) == ["(1, 32)"] * len(embeddings)
 
 
-@pytest.mark.parametrize("model_type", METHODS)
 @pytest.mark.parametrize("first", ["hf_mim", "transformers", "our processor"])
-def test_image_processor_in_all_orders(model_type, first, tmp_path):
-    tiny_model(model_type, "Model", num_channels=5).save_pretrained(tmp_path)
-    build_image_processor((32, 48), 5, [0.5] * 5, [0.5] * 5).save_pretrained(tmp_path)
+def test_image_processor_in_all_orders(first, tmp_path):
+    for model_type in METHODS:
+        tiny_model(model_type, "Model", num_channels=5).save_pretrained(tmp_path / model_type)
+        build_image_processor((32, 48), 5, [0.5] * 5, [0.5] * 5).save_pretrained(tmp_path / model_type)
     imports = ["import hf_mim", "from transformers import AutoImageProcessor"]
     if first == "transformers":
         imports.reverse()
     elif first == "our processor":  # whose own imports bring transformers' registry in
         imports.insert(0, "import hf_mim.data.image_processing")
-    printed = run_python(
-        "\n".join(imports)
-        + f"\nprocessor = AutoImageProcessor.from_pretrained({str(tmp_path)!r})"
-        + "\nprint(type(processor).__module__, type(processor).__name__, processor.num_channels)"
+    printed = run_forked(
+        "\n".join(imports),
+        [
+            f"processor = AutoImageProcessor.from_pretrained({str(tmp_path / model_type)!r})\n"
+            "print(type(processor).__module__, type(processor).__name__, processor.num_channels)"
+            for model_type in METHODS
+        ],
     )
-    assert printed.split() == [MIMImageProcessor.__module__, "MIMImageProcessor", "5"]
+    assert printed == [f"{MIMImageProcessor.__module__} MIMImageProcessor 5"] * len(METHODS)
 
 
 def test_registering_twice_changes_nothing():
@@ -152,7 +173,7 @@ print(main(["finetune", "--output_dir=x"]))
 
 
 def test_what_is_missing_and_wanted_is_said_in_a_line():
-    without = LIGHT.split("import numpy")[0].format(missing=["timm", "evaluate"])
+    without = WITHOUT.format(missing=["timm", "evaluate"])
     assert run_python(without + WANTED).splitlines() == [
         "hf_mim.KNNAccuracy: The package evaluate is wanted for this and is not installed: pip install evaluate",
         "hf_mim.FineTuningArguments: The package timm is wanted for this and is not installed: pip install timm",
