@@ -422,7 +422,7 @@ class TestPlainMessages:
 
     @pytest.mark.parametrize("bad", [0, float("nan")], ids=["channels", "broken"])
     def test_a_workers_error_is_its_last_line(self, tmp_path, bad):
-        from hf_mim.data.sources import PictureDataset
+        from hf_mim.data.dataset import PictureDataset
         from tiny_training import pictures, tiny_data
 
         values = list(pictures().astype("float32"))

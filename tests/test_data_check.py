@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hf_mim.data.dataset import PictureDataset
 from hf_mim.data.inspection import inspect_pictures
-from hf_mim.data.sources import PictureDataset
 from hf_mim.jobs.check import main
 
 

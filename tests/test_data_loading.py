@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import time
 from dataclasses import fields
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, TrainingArguments
 
+from hf_mim.data.dataset import PictureDataset, PictureStream
 from hf_mim.data.loading import (
     DataArguments,
     check_pictures,
@@ -31,7 +34,8 @@ from hf_mim.data.pretraining import (
     StreamingPretrainingDataset,
     pretraining_collator,
 )
-from hf_mim.data.sources import PictureDataset, PictureStream, find_pictures, read_idx
+from hf_mim.data.sources.folder import find_pictures
+from hf_mim.data.sources.idx import read_idx
 from hf_mim.data.transforms import PretrainingTransform
 
 SHARED = Path(os.environ.get("HF_MIM_SHARED", Path(__file__).parents[2] / "shared"))
@@ -269,7 +273,7 @@ def test_archives_are_refused_with_the_remedy(tmp_path, flag):
 
 def test_other_endings_are_counted_and_said(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_mim.data.sources.logger.warning", said.append)
+    monkeypatch.setattr("hf_mim.data.sources.folder.logger.warning", said.append)
     for n in range(2):
         colour(n).save(tmp_path / f"{n}.jfif", format="JPEG")
         (tmp_path / f"{n}.HEIC").write_bytes(b"x")
@@ -561,7 +565,7 @@ def test_missing_arrays(tmp_path, streaming):
 
 
 def test_missing_picture_of_torchvision():
-    from hf_mim.data.hub_sources import _FirstOfEach
+    from hf_mim.data.sources.torchvision import _FirstOfEach
 
     pictures = PictureDataset(_FirstOfEach([(None, 1), (colour(1), 0)]), 3, source="x")
     assert len(without_broken(pictures)) == 1
@@ -923,3 +927,52 @@ def test_which_mean_and_std():
     assert resolve_mean_std(args(image_mean=["1"] * 3, image_std=["2"] * 3), pictures) == ([1.0] * 3, [2.0] * 3)
     grey = PictureDataset([np.array([[0, 255]], dtype=np.uint8)], 1, source="x")
     assert np.allclose(resolve_mean_std(args(num_channels=1), grey), [[0.5], [0.5]])
+
+
+# --- packages that are not there
+
+
+_WITHOUT = """
+import sys
+class Without:
+    def find_spec(name, path=None, target=None):
+        if name.split(".")[0] in ("datasets", "evaluate", "timm", "matplotlib", "tifffile"):
+            raise ModuleNotFoundError(f"no {name}", name=name)
+sys.meta_path.insert(0, Without)
+from hf_mim.data.loading import DataArguments, check_pictures, load_pictures, resolve_mean_std
+for root in sys.argv[1:]:
+    pictures = load_pictures(DataArguments(train_dir=root))
+    check_pictures(pictures.train), resolve_mean_std(DataArguments(train_dir=root), pictures.train)
+from hf_mim.missing import say_missing
+for flags in ({}, {"dataset_name": "x"}):
+    try:
+        load_pictures(DataArguments(**flags))
+    except ImportError as error:
+        print(say_missing(error))
+"""
+
+
+def test_what_is_not_asked_for_need_not_be_there(tmp_path):
+    make_folder(tmp_path / "folder")
+    (tmp_path / "idx").mkdir()
+    make_idx(tmp_path / "idx")
+    command = [sys.executable, "-c", _WITHOUT, str(tmp_path / "idx"), str(tmp_path / "folder")]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    message = "The package datasets is wanted for this and is not installed: pip install datasets"
+    assert run.stdout.splitlines() == [message] * 2
+
+
+# --- other channels among the pictures
+
+
+def test_other_channels_among_the_pictures(tmp_path):
+    """Three channels take them all; any other number names the picture that does not fit."""
+    for n, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "1", "LA", "I;16")):
+        Image.new(mode, (8, 8)).save(tmp_path / f"{n}.{'jpg' if mode == 'CMYK' else 'png'}")
+    splits = load_pictures(args(train_dir=tmp_path))
+    assert {tuple(p.shape) for s in (splits.train, splits.validation) for p in s} == {(3, 8, 8)}
+    rgba = load_pictures(args(train_dir=tmp_path, num_channels=4)).train
+    message = r"0.png: has 3 \(RGB\) channels, expected 4.*--num_channels 3.*`hf_mim check` with the same flags"
+    with pytest.raises(ValueError, match=message):
+        [rgba[i] for i in range(len(rgba))]

@@ -36,9 +36,10 @@ from transformers import (
 )
 
 from hf_mim import PiLaMIMForPreTraining, PiLaMIMModel
+from hf_mim.data.dataset import PictureDataset
 from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.loading import PictureSplits
-from hf_mim.data.sources import PictureDataset, from_folder
+from hf_mim.data.sources.folder import from_folder
 from hf_mim.evaluation.encoders import FeatureEncoder, RawPixels, blocks_read, load_encoder, untrained_encoder
 from hf_mim.evaluation.features import extract_features, labelled_splits, shared_labels
 from hf_mim.models.vit.position import sincos_position_table
@@ -294,7 +295,7 @@ class TestExtraction:
         import datasets
         from PIL import Image
 
-        from hf_mim.data.hub_sources import from_datasets
+        from hf_mim.data.sources.datasets import from_datasets
 
         folder = write_pictures(tmp_path / "pictures", 4)
         first = from_folder([str(folder)], 3)[0].fingerprint()

@@ -18,9 +18,9 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 import hf_mim
 from hf_mim.data.arguments import DataArguments
+from hf_mim.data.dataset import PictureDataset
 from hf_mim.data.finetuning import FineTuningTransform, LabelledDataset, MixingCollator
 from hf_mim.data.image_processing import build_image_processor
-from hf_mim.data.sources import PictureDataset
 from hf_mim.evaluation.robustness import match_classes
 from hf_mim.jobs import finetuning
 from hf_mim.jobs.finetuning import FineTuningArguments, choose_label, main

@@ -11,8 +11,8 @@ from torch import nn
 
 import hf_mim
 from hf_mim.data.arguments import DataArguments
-from hf_mim.data.clevr import clevr_tasks
 from hf_mim.data.loading import load_pictures
+from hf_mim.data.sources.clevr import clevr_tasks
 from hf_mim.evaluation.linear_probe import LinearProbe, learning_rate_factor, train_probes
 from hf_mim.jobs.linear_probe import PRESETS, ProbeArguments, main, probe_table
 from hf_mim.training.command import parse_arguments

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import hf_mim
+from hf_mim.data.dataset import PictureDataset, PictureStream
 from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.loading import PictureSplits
-from hf_mim.data.sources import PictureDataset, PictureStream
 from hf_mim.evaluation.knn import knn_accuracy
 from hf_mim.evaluation.linear import linear_probe_accuracy
 from hf_mim.evaluation.online import OnlineEvaluation

@@ -10,7 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from hf_mim.data.sources import PictureDataset, from_folder
+from hf_mim.data.dataset import PictureDataset
+from hf_mim.data.sources.folder import from_folder
 from hf_mim.jobs import finetuning, pretraining
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.callbacks import SaveOnInterrupt
@@ -141,7 +142,7 @@ class TestContentFingerprint:
 
     def test_of_arrays_and_columns(self):
         datasets = pytest.importorskip("datasets")
-        from hf_mim.data.hub_sources import from_datasets
+        from hf_mim.data.sources.datasets import from_datasets
 
         def column(seed):
             rows = {"image": list(pictures(5, seed))}

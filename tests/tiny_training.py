@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from hf_mim import PiLaMIMConfig, PiLaMIMForPreTraining
+from hf_mim.data.dataset import PictureDataset
 from hf_mim.data.pretraining import PretrainingDataset
-from hf_mim.data.sources import PictureDataset
 from hf_mim.data.transforms import PretrainingTransform
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.trainer import MIMTrainer

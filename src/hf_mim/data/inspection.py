@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from .dataset import PictureDataset, stored_bytes
 from .pictures import BrokenPictureError, MissingPictureError, OversizedPictureError, pixel_limit, read_picture
-from .sources import PictureDataset, stored_bytes
 
 # What stops training, unless it is left out; the last stops it in any case.
 FAULTS = ("missing", "broken", "oversized", "unfit")

@@ -1,27 +1,16 @@
 """From flags to pictures: `load_pictures`, and what has to be checked or computed before training."""
 
 import contextlib
-import os
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers.utils import logging
 
-from .arguments import AUTO, TORCHVISION_PREFIX, DataArguments
-from .clevr import from_clevr, is_clevr
-from .hub_sources import from_datasets, from_stream, from_torchvision, load_splits
+from .arguments import AUTO, DataArguments
+from .dataset import PictureDataset, PictureStream
 from .pictures import BrokenPictureError
-from .sources import UNNAMED, PictureDataset, PictureStream, check_folder, from_folder, from_idx, has_idx_files
-from .splits import HELD_OUT, TRAINING, choose_splits, find_split, folder_splits, sibling_split
-
-logger = logging.get_logger(__name__)
-
-_DEFAULT_SCENES = {"train": 12000, "validation": 2000}
-_SCENE_SIZE = 64
-_MEMORY_FOR_SCENES = 1 << 30  # bytes
-_STREAMED_VALIDATION = 2000
+from .sources import open_splits
 
 
 @dataclass
@@ -48,21 +37,7 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
     """
     if args.num_channels is None:
         args = replace(args, num_channels=3)
-    if args.dataset_name is None and args.train_dir is None:
-        train, validation = _load_scenes(args)
-    elif args.dataset_name is None:
-        train, validation = _load_folders(args)
-    elif args.dataset_name.startswith(TORCHVISION_PREFIX):
-        train, validation = from_torchvision(
-            args.dataset_name,
-            args.train_dir,
-            args.num_channels,
-            train_split=args.train_split,
-            validation_split=args.validation_split,
-        )
-    else:
-        train, validation = _load_dataset(args, seed)
-
+    train, validation = open_splits(args, seed)
     if isinstance(train, PictureStream):
         return PictureSplits(train, validation)
     for split in (train, validation):
@@ -76,120 +51,6 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
         train, validation = _hold_out(train, args.validation_fraction)
     train = _subset(train, args.max_train_samples)
     return PictureSplits(train, _subset(validation, args.max_eval_samples))
-
-
-def _load_scenes(args: DataArguments):
-    from .scenes import scenes
-
-    numbers = {
-        "train": args.max_train_samples or _DEFAULT_SCENES["train"],
-        "validation": args.max_eval_samples or _DEFAULT_SCENES["validation"],
-    }
-    splits = {
-        split: scenes(
-            split,
-            number,
-            image_size=args.image_height_width or _SCENE_SIZE,
-            num_proc=min(os.cpu_count() or 1, 8),
-            cache_dir=args.data_cache_dir,
-        )
-        for split, number in numbers.items()
-    }
-    pictures = from_datasets(splits, args.num_channels, source="scenes", label_columns=args.label_column_names)
-    return tuple(_decode_once(pictures[split]) for split in numbers)
-
-
-def _decode_once(pictures: PictureDataset) -> PictureDataset:
-    """The same pictures, all of one size, decoded in memory, if they fit: reading them is then ten times as fast."""
-    first = pictures[0]
-    shape = (len(pictures), *first.shape[1:], first.shape[0])
-    if np.prod(shape, dtype=np.int64) > _MEMORY_FOR_SCENES:
-        return pictures
-    decoded = np.empty(shape, dtype=np.uint8)
-    for index in range(len(pictures)):
-        decoded[index] = pictures[index].permute(1, 2, 0).numpy()
-    return PictureDataset(
-        decoded,
-        pictures.num_channels,
-        source=pictures.source,
-        labels=pictures.labels,
-        label_names=pictures.label_names,
-    )
-
-
-def _load_folders(args: DataArguments):
-    roots = [check_folder(path) for path in (args.train_dir, args.validation_dir) if path]
-    if is_clevr(roots[0]):
-        return from_clevr(roots[0], args.num_channels)
-    if has_idx_files(roots[0]):
-        train, held_out = _choose_idx(roots[0], args)
-        return train, _choose_idx(roots[1], args, held_out=True) if len(roots) == 2 else held_out
-    train, held_out = _choose_folders(roots[0], args)
-    if len(roots) == 2:
-        splits = folder_splits(roots[1])
-        held_out = (
-            roots[1] if splits is None else splits[find_split(splits, args.validation_split, HELD_OUT + TRAINING)]
-        )
-    elif held_out is not None:
-        logger.warning(f"Training pictures are those of {train}; held out are those of {held_out}.")
-    train, *validation = from_folder([train] + [held_out] * (held_out is not None), args.num_channels)
-    return train, validation[0] if validation else None
-
-
-def open_folder(root: str, num_channels: int) -> PictureDataset:
-    """The pictures of a folder, of pictures or of idx files; where it holds splits, those to train on."""
-    args = DataArguments(train_dir=root, num_channels=num_channels)
-    if has_idx_files(root):
-        return _choose_idx(root, args)[0]
-    return from_folder([_choose_folders(root, args)[0]], num_channels)[0]
-
-
-def _choose_folders(root: str, args: DataArguments) -> tuple[str, str | None]:
-    splits = folder_splits(root)
-    if splits is None:
-        return root, sibling_split(root, args.validation_split)
-    train, held_out = choose_splits(list(splits), root, args.train_split, args.validation_split)
-    return splits[train], None if held_out is None else splits[held_out]
-
-
-def _choose_idx(root: str, args: DataArguments, held_out: bool = False):
-    found = from_idx(root, args.num_channels)
-    if held_out:
-        return found[find_split(found, args.validation_split, HELD_OUT + TRAINING)]
-    if list(found) == [UNNAMED]:
-        return found[UNNAMED], None
-    train, validation = choose_splits(list(found), root, args.train_split, args.validation_split)
-    return found[train], None if validation is None else found[validation]
-
-
-def _load_dataset(args: DataArguments, seed: int):
-    splits = load_splits(
-        args.dataset_name, args.dataset_config_name, streaming=args.streaming, cache_dir=args.data_cache_dir
-    )
-    train_name, held_out = choose_splits(list(splits), args.dataset_name, args.train_split, args.validation_split)
-    settings = {
-        "num_channels": args.num_channels,
-        "source": args.dataset_name,
-        "image_column": args.image_column_name,
-        "label_columns": args.label_column_names,
-    }
-    if not args.streaming:
-        used = {name: splits[name] for name in (train_name, held_out) if name}
-        pictures = from_datasets(used, **settings)
-        return pictures[train_name], pictures.get(held_out)
-
-    settings["max_image_pixels"] = args.max_image_pixels
-    train = splits[train_name]
-    num_held_out = args.max_eval_samples or _STREAMED_VALIDATION
-    if held_out:
-        validation = splits[held_out]
-    else:  # the first pictures, which training then leaves out
-        validation, train = train.take(num_held_out), train.skip(num_held_out)
-    if args.max_train_samples:
-        train = train.take(args.max_train_samples)
-    train = train.shuffle(seed=seed, buffer_size=args.shuffle_buffer_size)
-    train = from_stream(train, **settings, skip_broken=args.skip_broken_images)
-    return train, from_stream(validation, **settings).take(num_held_out)
 
 
 def _hold_out(pictures: PictureDataset, fraction: float) -> tuple[PictureDataset, PictureDataset]:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sized
 import numpy as np
 import torch
 
-from .hub_sources import from_datasets, from_stream
-from .loading import open_folder
-from .sources import PictureDataset, PictureStream, check_folder
+from .dataset import PictureDataset, PictureStream
+from .sources import open_folder
+from .sources.datasets import from_datasets, from_stream
 
 # Where a dict has its image, if it has more than one value that could be.
 _USUAL_KEYS = ("image", "img", "images", "picture")
@@ -32,7 +32,7 @@ def open_images(data, num_channels: int, *, image_column: str | None = None) -> 
     if isinstance(data, PictureDataset | PictureStream):
         return data
     if isinstance(data, str | os.PathLike):
-        return open_folder(check_folder(data), num_channels)
+        return open_folder(data, num_channels)
     source = f"the data ({type(data).__name__})"
     if isinstance(data, torch.utils.data.IterableDataset) and type(data).__module__.split(".")[0] == "datasets":
         return from_stream(data, num_channels, source=source, image_column=image_column)

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
+from ..data.dataset import PictureDataset
 from ..data.image_processing import evaluation_transform
 from ..data.loading import PictureSplits, without_broken
-from ..data.sources import PictureDataset
 from .batches import transformed_pictures
 from .encoders import PIXELS, FeatureEncoder, RawPixels, blocks_read
 

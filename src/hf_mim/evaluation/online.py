@@ -5,8 +5,8 @@ from statistics import fmean
 
 from accelerate import PartialState
 
+from ..data.dataset import PictureStream
 from ..data.loading import PictureSplits
-from ..data.sources import PictureStream
 from .encoders import FeatureEncoder
 from .features import extract_features, labelled_splits, shared_labels
 from .knn import knn_accuracy

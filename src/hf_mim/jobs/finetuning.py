@@ -9,10 +9,11 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.arguments import DataArguments
+from ..data.dataset import PictureDataset
 from ..data.finetuning import EvaluationTransform, FineTuningTransform, LabelledDataset, MixingCollator
 from ..data.image_processing import build_image_processor, evaluation_transform
 from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
-from ..data.sources import PictureDataset, check_folder, from_folder
+from ..data.sources.folder import check_folder, from_folder
 from ..evaluation.pictures import draw_loss_curves
 from ..evaluation.report import few_pictures
 from ..evaluation.robustness import match_classes

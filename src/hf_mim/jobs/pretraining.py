@@ -8,10 +8,10 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.arguments import DataArguments
+from ..data.dataset import PictureStream
 from ..data.image_processing import build_image_processor
 from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, spread_indices
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
-from ..data.sources import PictureStream
 from ..data.transforms import PretrainingTransform
 from ..evaluation.encoders import FeatureEncoder, RawPixels
 from ..evaluation.features import extract_features, labelled_splits, shared_labels

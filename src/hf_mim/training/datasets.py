@@ -6,11 +6,11 @@ import torch
 from torch.utils.data import Dataset
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
+from ..data.dataset import PictureStream
 from ..data.image_processing import build_image_processor, evaluation_transform
 from ..data.loading import check_pictures, compute_mean_std
 from ..data.plain import holds_pixel_values, open_images
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
-from ..data.sources import PictureStream
 from ..data.transforms import PretrainingTransform, sample_generator
 from ..models.vit.sizes import as_pair
 

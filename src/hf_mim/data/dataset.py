@@ -1,12 +1,8 @@
-"""Collections of pictures with labels: one kind that is indexed, one that is streamed, and what they are made from."""
+"""Collections of pictures with labels: one kind that is indexed, one that is streamed."""
 
 import contextlib
-import gzip
 import hashlib
 import os
-import re
-import struct
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -15,13 +11,12 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers.utils import logging
 
-from .pictures import PICTURE_EXTENSIONS, BrokenPictureError, read_picture
+from .pictures import BrokenPictureError, read_picture
 
 logger = logging.get_logger(__name__)
 
 # Pictures that `content_fingerprint` looks into.
 _SAMPLED = 256
-_ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 
 class PictureDataset(Dataset):
@@ -119,7 +114,7 @@ class PictureDataset(Dataset):
         a user's data set, whose items may differ from time to time, of their number.
         """
         digest = hashlib.sha256(f"{self.num_channels} {len(self)}".encode())
-        if isinstance(self._values, FilePictures):
+        if hasattr(self._values, "paths"):
             digest.update(np.ascontiguousarray(self._values.paths[self._rows]))
         if not getattr(self._values, "is_stored", True):
             return digest.hexdigest()
@@ -275,205 +270,3 @@ def stored_bytes(value) -> bytes:
         return Path(value).read_bytes()
     array = np.asarray(value)
     return f"{array.dtype} {array.shape}".encode() + array.tobytes()
-
-
-# --- a folder of pictures
-
-
-class FilePictures:
-    """Paths below a root, in one array: a million Python strings would be copied into every worker, page by page."""
-
-    def __init__(self, root: str, paths: list[str]):
-        self.root = root
-        self.paths = np.array([os.fsencode(path) for path in paths])
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> str:
-        return os.path.join(self.root, os.fsdecode(bytes(self.paths[index])))
-
-    def fingerprint(self, rows: np.ndarray) -> str:
-        # Two trees of the same names may have the same sizes and times.
-        digest = hashlib.sha256(os.path.realpath(self.root).encode(errors="surrogateescape"))
-        for row in rows:
-            status = os.stat(self[row])
-            # The time of the last change of the entry cannot be set, as that of the last writing can.
-            times = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} "
-            digest.update(times.encode() + bytes(self.paths[row]) + b"\0")
-        return digest.hexdigest()
-
-
-def find_pictures(root: str | os.PathLike) -> list[str]:
-    """Paths of the pictures below a folder, relative to it, sorted; hidden files and folders are left out.
-
-    Files with other endings are counted, and the log says how many there are of each.
-
-    Raises:
-        ValueError: there is no such folder, it cannot be listed, or it holds no picture.
-    """
-    root = check_folder(root)
-    paths, others = [], Counter()
-    # A link back up would never end.
-    _list_pictures(root, "", set(), paths, others)
-    left_out = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
-    if not paths:
-        there = f" It holds files that end in {left_out}." if left_out else ""
-        raise ValueError(f"{root} holds no picture.{there} Files that are read: {', '.join(PICTURE_EXTENSIONS)}.")
-    if left_out:
-        logger.warning(f"{root}: files left out for their endings: {left_out}.")
-    return paths
-
-
-def _list_pictures(root: str, below: str, visited: set, paths: list[str], others: Counter) -> None:
-    folder = os.path.join(root, below)
-    try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
-            return
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as scan:
-            entries = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be listed: {error.strerror}.") from error
-    for name, is_folder in entries:
-        path = os.path.join(below, name) if below else name
-        if is_folder:
-            _list_pictures(root, path, visited, paths, others)
-        elif name.lower().endswith(PICTURE_EXTENSIONS):
-            paths.append(path)
-        else:
-            others[os.path.splitext(name)[1].lower() or "no ending"] += 1
-
-
-def check_folder(path: str | os.PathLike) -> str:
-    path = os.path.expanduser(path)
-    if not os.path.isdir(path):
-        refuse_archive("--train_dir", path)
-        what = "is a file" if os.path.exists(path) else "does not exist"
-        raise ValueError(f"{path} {what}, expected a folder of pictures (or of idx files, *-ubyte).")
-    return path
-
-
-def refuse_archive(flag: str, name: str) -> None:
-    """Raises ValueError, with the way out, for a zip or tar file."""
-    ending = next((ending for ending in _ARCHIVES if name.lower().endswith(ending)), None)
-    if ending is None:
-        return
-    folder = name[: -len(ending)]
-    unpack = f"unzip {name} -d {folder}" if ending == ".zip" else f"mkdir {folder}; tar xf {name} -C {folder}"
-    raise ValueError(
-        f"{flag} {name}: pictures are not read out of an archive, where each would cost a search. Unpack it once "
-        f"({unpack}), then --train_dir {folder}."
-    )
-
-
-def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
-    """Folders of pictures with the same classes (training and validation), as data sets.
-
-    If every picture lies in a sub-folder, and there are at least two of these, they are the classes of `label`.
-    """
-    found = [find_pictures(root) for root in roots]
-    tops = [[path.partition(os.sep)[0] for path in paths] for paths in found]
-    classes = sorted({top for names in tops for top in names})
-    labelled = len(classes) > 1 and all(os.sep in path for paths in found for path in paths)
-    numbers = {name: number for number, name in enumerate(classes)}
-    return [
-        PictureDataset(
-            FilePictures(os.path.expanduser(root), paths),
-            num_channels,
-            source=os.fspath(root),
-            labels={"label": [numbers[top] for top in names]} if labelled else None,
-            label_names={"label": classes} if labelled else None,
-        )
-        for root, paths, names in zip(roots, found, tops, strict=True)
-    ]
-
-
-# --- idx files
-
-
-_IDX_NAME = re.compile(r"ubyte(\.gz)?$")
-# The split of idx files whose name does not say which it is.
-UNNAMED = "all"
-
-
-def read_idx(path: str | os.PathLike) -> np.ndarray:
-    """An idx file of unsigned bytes, as MNIST's, plain or compressed by gzip.
-
-    Returns:
-        `np.ndarray` of uint8: `(N,)` labels, `(N, height, width)` or `(N, height, width, channels)` pictures.
-
-    Raises:
-        ValueError: it is not such a file, or is longer or shorter than it says.
-    """
-    path = os.fspath(path)
-    try:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            data = file.read()
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read: {error}") from error
-    if len(data) < 4 or data[:3] != b"\0\0\x08" or not 1 <= data[3] <= 4:
-        raise ValueError(
-            f"{path}: begins with {data[:4].hex() or 'nothing'}, expected 000008 and the number of dimensions "
-            "(1 to 4), as an idx file of unsigned bytes does."
-        )
-    header = 4 + 4 * data[3]
-    if len(data) < header:
-        raise ValueError(f"{path}: cut off within its header.")
-    shape = struct.unpack(f">{data[3]}I", data[4:header])
-    expected = int(np.prod(shape, dtype=object))
-    if len(data) - header != expected:
-        raise ValueError(
-            f"{path}: holds {len(data) - header} values, but its header says {expected} ({shape}): cut off or damaged."
-        )
-    return np.frombuffer(bytearray(data), dtype=np.uint8, offset=header).reshape(shape)  # bytearray: writable
-
-
-def has_idx_files(folder: str | os.PathLike) -> bool:
-    return any(_IDX_NAME.search(name) for name in os.listdir(folder))
-
-
-def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
-    """The idx files of a folder by split, as their names have it: "train", "validation", "test" (t10k), or `UNNAMED`.
-
-    The labels of `train-images-idx3-ubyte` are in `train-labels-idx1-ubyte`, and so on.
-    """
-    # a plain file goes before its compressed twin
-    names = [name for name in os.listdir(folder) if _IDX_NAME.search(name)]
-    names.sort(key=lambda name: name.endswith(".gz"))
-    stems: dict[str, str] = {}
-    for name in names:
-        stems.setdefault(name.removesuffix(".gz"), os.path.join(folder, name))
-
-    splits: dict[str, PictureDataset] = {}
-    for stem, path in sorted(stems.items()):
-        if "images" not in stem:
-            continue
-        split = _idx_split(stem)
-        if split in splits:
-            raise ValueError(
-                f"{folder} holds several sets of {split} pictures: {splits[split].source} and {path}. Keep one."
-            )
-        pictures = read_idx(path)
-        labels_path = stems.get(stem.replace("images", "labels").replace("idx3", "idx1"))
-        labels = read_idx(labels_path) if labels_path else None
-        if labels is not None and len(labels) != len(pictures):
-            raise ValueError(f"{labels_path} holds {len(labels)} labels for the {len(pictures)} pictures of {path}.")
-        splits[split] = PictureDataset(
-            pictures,
-            num_channels,
-            source=path,
-            labels=None if labels is None else {"label": labels},
-            label_names=None if labels is None else {"label": [str(n) for n in range(int(labels.max(initial=0)) + 1)]},
-        )
-    if not splits:
-        raise ValueError(f"{folder} holds idx files ({', '.join(sorted(stems))}), but none named *images*-ubyte.")
-    return splits
-
-
-def _idx_split(stem: str) -> str:
-    for split, words in (("train", "train"), ("validation", "val|dev"), ("test", "test|t10k")):
-        if re.search(words, stem, re.IGNORECASE):
-            return split
-    return UNNAMED

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .scenes import DISTANCE_EDGES, MAX_OBJECTS, MIN_OBJECTS, SCENE_LABELS
-from .sources import FilePictures, PictureDataset
+from ..arguments import DataArguments
+from ..dataset import PictureDataset
+from ..scenes import DISTANCE_EDGES, MAX_OBJECTS, MIN_OBJECTS, SCENE_LABELS
+from .folder import FilePictures, check_folder
 
 CLEVR_TASKS = ("count", "distance")
 
@@ -59,13 +61,13 @@ def is_clevr(folder: str | os.PathLike) -> bool:
     return _annotations(folder, "train").is_file()
 
 
-def from_clevr(root: str, num_channels: int) -> tuple[PictureDataset, PictureDataset]:
+def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset]:
     """Training and validation pictures of the unpacked archive (CLEVR_v1.0), with the labels count and distance.
 
     Raises:
         ValueError: If the annotations of a split are missing or not CLEVR's.
     """
-    return tuple(_split(root, split, num_channels) for split in ("train", "val"))
+    return tuple(_split(check_folder(args.train_dir), split, args.num_channels) for split in ("train", "val"))
 
 
 def _annotations(root, split: str) -> Path:
