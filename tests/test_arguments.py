@@ -7,7 +7,7 @@ import torch
 from transformers import ViTConfig, ViTModel
 
 from hf_mim.data.arguments import DataArguments
-from hf_mim.data.pictures import BrokenPictureError
+from hf_mim.data.images import BrokenImageError
 from hf_mim.models.pilamim.modeling_pilamim import PiLaMIMModel
 from hf_mim.models.presets import PRESETS, preset_config
 from hf_mim.registry import METHODS
@@ -413,7 +413,7 @@ class TestPlainMessages:
         assert plain_message(raised(trainer(ConnectionResetError(104, "reset")).train)) is None
         full = OSError(28, "No space left on device", "events.out")
         assert plain_message(raised(trainer(full).train)) == "[Errno 28] No space left on device: 'events.out'"
-        assert plain_message(raised(trainer(BrokenPictureError("a.png: empty.")).train)) == (
+        assert plain_message(raised(trainer(BrokenImageError("a.png: empty.")).train)) == (
             "a.png: empty. Remove it, or pass --skip_broken_images to leave such pictures out. `hf_mim check` with "
             "the same flags lists all of them."
         )
@@ -422,13 +422,13 @@ class TestPlainMessages:
 
     @pytest.mark.parametrize("bad", [0, float("nan")], ids=["channels", "broken"])
     def test_a_workers_error_is_its_last_line(self, tmp_path, bad):
-        from hf_mim.data.dataset import PictureDataset
+        from hf_mim.data.dataset import ImageDataset
         from tiny_training import pictures, tiny_data
 
         values = list(pictures().astype("float32"))
         values[7] = values[7][..., :2] if bad == 0 else values[7] * bad
         data = tiny_data()
-        data.pictures = PictureDataset(values, 3, source="list")
+        data.pictures = ImageDataset(values, 3, source="list")
         trainer = tiny_trainer(tmp_path, data=data, dataloader_num_workers=1, num_train_epochs=1)
         message = plain_message(raised(trainer.train))
         assert message is not None and "Traceback" not in message and "\n" not in message

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hf_mim.data.dataset import PictureDataset
-from hf_mim.data.inspection import inspect_pictures
+from hf_mim.data.dataset import ImageDataset
+from hf_mim.data.inspection import inspect_images
 from hf_mim.jobs.check import main
 
 
@@ -89,7 +89,7 @@ def test_data_sets_and_rows_without_a_picture(tmp_path, capsys):
 
 def test_workers_find_the_same(tmp_path):
     values = [np.full((4, 4 + n, 3), n, dtype=np.uint8) for n in range(40)] + [None]
-    found = [inspect_pictures(PictureDataset(values, 3, source="x"), num_workers=n) for n in (0, 2)]
+    found = [inspect_images(ImageDataset(values, 3, source="x"), num_workers=n) for n in (0, 2)]
     for name in ("heights", "widths", "digests"):
         assert np.array_equal(*(getattr(one, name) for one in found))
     assert found[0].faults == found[1].faults and len(found[0].faults["missing"]) == 1
@@ -111,10 +111,10 @@ def test_errors_are_one_line(argv, message, capsys):
 
 
 def test_a_broken_picture_points_to_the_check():
-    from hf_mim.data.pictures import BrokenPictureError
+    from hf_mim.data.images import BrokenImageError
     from hf_mim.training.errors import plain_message
 
-    assert "`hf_mim check` with the same flags" in plain_message(BrokenPictureError("a.png: broken."))
+    assert "`hf_mim check` with the same flags" in plain_message(BrokenImageError("a.png: broken."))
 
 
 def test_the_command(tmp_path):

@@ -18,23 +18,23 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_mim.data.dataset import PictureDataset, PictureStream
+from hf_mim.data.dataset import ImageDataset, ImageStream
+from hf_mim.data.images import BrokenImageError
 from hf_mim.data.loading import (
     DataArguments,
-    check_pictures,
+    check_images,
     compute_mean_std,
-    load_pictures,
+    load_images,
     resolve_mean_std,
     without_broken,
 )
-from hf_mim.data.pictures import BrokenPictureError
 from hf_mim.data.pretraining import (
     EpochSampler,
     PretrainingDataset,
     StreamingPretrainingDataset,
     pretraining_collator,
 )
-from hf_mim.data.sources.folder import find_pictures
+from hf_mim.data.sources.folder import find_images
 from hf_mim.data.sources.idx import read_idx
 from hf_mim.data.transforms import PretrainingTransform
 
@@ -119,7 +119,7 @@ def test_bad_flags(kwargs, message):
 def test_folder_with_classes(tmp_path):
     make_folder(tmp_path / "train")
     make_folder(tmp_path / "val", classes=("c", "a"), num=1)
-    splits = load_pictures(args(train_dir=tmp_path / "train", validation_dir=tmp_path / "val"))
+    splits = load_images(args(train_dir=tmp_path / "train", validation_dir=tmp_path / "val"))
     assert len(splits.train) == 6 and len(splits.validation) == 2
     assert splits.train.label_names == splits.validation.label_names == {"label": ["a", "b", "c"]}
     assert splits.train.labels["label"].tolist() == [0, 0, 0, 1, 1, 1]
@@ -137,34 +137,34 @@ def test_flat_folder_in_which_other_things_lie(tmp_path):
     colour(9).save(tmp_path / ".git" / "x.png")
     (tmp_path / "notes.txt").write_text("no picture")
     (tmp_path / "loop").symlink_to(tmp_path)
-    assert find_pictures(tmp_path) == ["a.jpeg", "b.PNG", "c.npy"]
-    splits = load_pictures(args(train_dir=tmp_path))
+    assert find_images(tmp_path) == ["a.jpeg", "b.PNG", "c.npy"]
+    splits = load_images(args(train_dir=tmp_path))
     assert splits.train.labels == {} and len(splits.train) == 2 and len(splits.validation) == 1
     assert {int(p[0, 0, 0]) for s in (splits.train, splits.validation) for p in s} == {0, 1, 2}
 
 
 @pytest.mark.parametrize("classes", [("only",), ("x/2020", "x/2021")])
 def test_one_sub_folder_is_no_class(tmp_path, classes):
-    assert load_pictures(args(train_dir=make_folder(tmp_path, classes))).train.labels == {}
+    assert load_images(args(train_dir=make_folder(tmp_path, classes))).train.labels == {}
 
 
 def test_names_that_are_not_ascii(tmp_path):
     colour(3).save(tmp_path / "ein schönes Bild 図.png")
     colour(3).save(tmp_path / "z.png")
-    splits = load_pictures(args(train_dir=tmp_path))
+    splits = load_images(args(train_dir=tmp_path))
     assert {splits.train.name(0), splits.validation.name(0)} == {str(p) for p in tmp_path.glob("*.png")}
     assert splits.train[0].shape == (3, 8, 8)
 
 
 def test_what_is_held_out_never_changes(tmp_path):
     make_folder(tmp_path, num=20)
-    runs = [load_pictures(args(train_dir=tmp_path, validation_fraction=0.25), seed=seed) for seed in (0, 1)]
+    runs = [load_images(args(train_dir=tmp_path, validation_fraction=0.25), seed=seed) for seed in (0, 1)]
     train, held = (
         [[s.name(i) for i in range(len(s))] for s in part] for part in zip(*map(vars_of, runs), strict=True)
     )
     assert train[0] == train[1] and held[0] == held[1]
     assert len(held[0]) == 10 and not set(held[0]) & set(train[0]) and train[0] == sorted(train[0])
-    few = load_pictures(args(train_dir=tmp_path, max_train_samples=8, max_eval_samples=4, validation_fraction=0.25))
+    few = load_images(args(train_dir=tmp_path, max_train_samples=8, max_eval_samples=4, validation_fraction=0.25))
     assert len(few.train) == 8 and len(few.validation) == 4
     assert len(set(few.train.labels["label"])) == 2  # not the first eight, which are all of class a
 
@@ -190,42 +190,42 @@ def test_split_names_are_splits(tmp_path, folders, train, held_out):
     for number, name in enumerate(folders):
         make_folder(tmp_path / name, num=number + 1)
     (tmp_path / "README.md").write_text("x") if "/" not in train else None
-    splits = load_pictures(args(train_dir=tmp_path))
+    splits = load_images(args(train_dir=tmp_path))
     assert splits.train.source == str(tmp_path / train) and splits.validation.source == str(tmp_path / held_out)
     assert splits.train.label_names == splits.validation.label_names == {"label": ["a", "b"]}
-    beside = load_pictures(args(train_dir=tmp_path / train))
+    beside = load_images(args(train_dir=tmp_path / train))
     assert (beside.train.source, beside.validation.source) == (splits.train.source, splits.validation.source)
-    asked = load_pictures(args(train_dir=tmp_path, train_split=Path(held_out).name, validation_split="train"))
+    asked = load_images(args(train_dir=tmp_path, train_split=Path(held_out).name, validation_split="train"))
     assert (asked.train.source, asked.validation.source) == (splits.validation.source, splits.train.source)
 
 
 def test_one_split_alone(tmp_path):
     make_folder(tmp_path / "train" / "train")
-    splits = load_pictures(args(train_dir=tmp_path / "train"))
+    splits = load_images(args(train_dir=tmp_path / "train"))
     assert splits.train.labels["label"].tolist() and len(splits.train) + len(splits.validation) == 6
     make_folder(tmp_path / "b" / "test")
     with pytest.raises(
         ValueError, match="--train_split train: .*b has the splits test. To train .* --train_split test"
     ):
-        load_pictures(args(train_dir=tmp_path / "b"))
-    assert len(load_pictures(args(train_dir=tmp_path / "b", train_split="test")).train) == 5
+        load_images(args(train_dir=tmp_path / "b"))
+    assert len(load_images(args(train_dir=tmp_path / "b", train_split="test")).train) == 5
     with pytest.raises(ValueError, match="--validation_split val: .* has the splits train"):
-        load_pictures(args(train_dir=tmp_path / "train", validation_split="val"))
+        load_images(args(train_dir=tmp_path / "train", validation_split="val"))
 
 
 def test_classes_that_are_named_as_splits(tmp_path):
     make_folder(tmp_path / "one", classes=("cat", "test", "train"), num=2)
     with pytest.raises(ValueError, match=r"holds test, train and also cat: are these splits or classes\? .*one/train"):
-        load_pictures(args(train_dir=tmp_path / "one"))
+        load_images(args(train_dir=tmp_path / "one"))
     make_folder(tmp_path / "two", classes=("cat", "train"), num=2)
-    assert load_pictures(args(train_dir=tmp_path / "two")).train.label_names == {"label": ["cat", "train"]}
+    assert load_images(args(train_dir=tmp_path / "two")).train.label_names == {"label": ["cat", "train"]}
 
 
 def test_splits_of_both_folders(tmp_path):
     for name in ("a/train", "a/val", "b/test", "c"):
         make_folder(tmp_path / name)
     for folder, source in (("b", "b/test"), ("c", "c")):
-        splits = load_pictures(args(train_dir=tmp_path / "a", validation_dir=tmp_path / folder))
+        splits = load_images(args(train_dir=tmp_path / "a", validation_dir=tmp_path / folder))
         assert splits.train.source == str(tmp_path / "a/train")
         assert splits.validation.source == str(tmp_path / source)
 
@@ -233,20 +233,20 @@ def test_splits_of_both_folders(tmp_path):
 def test_splits_of_idx_files(tmp_path):
     arrays = make_idx(tmp_path)
     write_idx(tmp_path / "validation-images-idx3-ubyte", np.zeros((3, 5, 6), dtype=np.uint8))
-    assert len(load_pictures(args(train_dir=tmp_path)).validation) == 3
-    splits = load_pictures(args(train_dir=tmp_path, train_split="test"))
+    assert len(load_images(args(train_dir=tmp_path)).validation) == 3
+    splits = load_images(args(train_dir=tmp_path, train_split="test"))
     assert np.array_equal(splits.train[0][0], arrays["t10k"][0])
     for name in ("train-images-idx3-ubyte", "validation-images-idx3-ubyte"):
         (tmp_path / name).unlink()
     with pytest.raises(ValueError, match="has the splits test. To train on it: --train_split test"):
-        load_pictures(args(train_dir=tmp_path))
+        load_images(args(train_dir=tmp_path))
 
 
 def test_splits_of_datasets_in_any_case(tmp_path):
     from datasets import DatasetDict
 
     DatasetDict({"Training": make_dataset(6), "Dev": make_dataset(3)}).save_to_disk(tmp_path / "a")
-    splits = load_pictures(args(dataset_name=tmp_path / "a"))
+    splits = load_images(args(dataset_name=tmp_path / "a"))
     assert (len(splits.train), len(splits.validation)) == (6, 3)
 
 
@@ -254,7 +254,7 @@ def test_torchvision_image_folder_of_splits(tmp_path):
     for name in ("train", "val"):
         make_folder(tmp_path / name)
     with pytest.raises(ValueError, match=r"holds splits \(train, val\), not classes: --train_dir"):
-        load_pictures(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path))
+        load_images(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path))
 
 
 # --- what a folder holds
@@ -268,7 +268,7 @@ def test_archives_are_refused_with_the_remedy(tmp_path, flag):
         with pytest.raises(
             ValueError, match=f"--{flag} .*x{ending}: .*Unpack it once .*{remedy}.*--train_dir .*/x[.]$"
         ):
-            load_pictures(args(**{flag: path}))
+            load_images(args(**{flag: path}))
 
 
 def test_other_endings_are_counted_and_said(tmp_path, monkeypatch):
@@ -278,12 +278,12 @@ def test_other_endings_are_counted_and_said(tmp_path, monkeypatch):
         colour(n).save(tmp_path / f"{n}.jfif", format="JPEG")
         (tmp_path / f"{n}.HEIC").write_bytes(b"x")
     (tmp_path / "LICENSE").write_text("x")
-    assert find_pictures(tmp_path) == ["0.jfif", "1.jfif"]
+    assert find_images(tmp_path) == ["0.jfif", "1.jfif"]
     assert said == [f"{tmp_path}: files left out for their endings: 2 .heic, 1 no ending."]
     for path in tmp_path.glob("*.jfif"):
         path.unlink()
     with pytest.raises(ValueError, match="holds no picture. It holds files that end in 2 .heic, 1 no ending"):
-        find_pictures(tmp_path)
+        find_images(tmp_path)
 
 
 def test_order_of_a_folder(tmp_path):
@@ -293,7 +293,7 @@ def test_order_of_a_folder(tmp_path):
     (tmp_path / "b" / "up").symlink_to(tmp_path)
     (tmp_path / "linked").symlink_to(tmp_path / "a")  # once is enough
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    found = find_pictures(tmp_path)
+    found = find_images(tmp_path)
     assert found == sorted(found, key=lambda path: Path(path).parts)
     assert set(found) == {
         "b/x.png", "b.png", "a/b/c.png", "a/b.png", "a.b/c.png", "a-b.png", "Z.png", "gone.png",
@@ -317,7 +317,7 @@ def test_listing_costs_about_a_scan(tmp_path):
             times.append(time.perf_counter() - start)
         return min(times)
 
-    assert shortest(find_pictures) < 8 * shortest(scan)
+    assert shortest(find_images) < 8 * shortest(scan)
 
 
 @pytest.mark.parametrize(
@@ -334,19 +334,19 @@ def test_listing_costs_about_a_scan(tmp_path):
 )
 def test_bad_folders(tmp_path, make, message):
     with pytest.raises(ValueError, match=message):
-        load_pictures(args(train_dir=make(tmp_path)))
+        load_images(args(train_dir=make(tmp_path)))
 
 
 def test_checking_the_first_picture(tmp_path):
     make_folder(tmp_path)
-    assert check_pictures(load_pictures(args(train_dir=tmp_path)).train).shape == (3, 8, 8)
+    assert check_images(load_images(args(train_dir=tmp_path)).train).shape == (3, 8, 8)
     with pytest.raises(ValueError, match=r"a/0.png: has 3 \(RGB\) channels, expected 5. Pass --num_channels 3"):
-        check_pictures(load_pictures(args(train_dir=tmp_path, num_channels=5)).train)
+        check_images(load_images(args(train_dir=tmp_path, num_channels=5)).train)
     (tmp_path / "a" / "0.png").write_bytes(b"")
-    with pytest.raises(BrokenPictureError, match="a/0.png: the file is empty"):
-        check_pictures(load_pictures(args(train_dir=tmp_path)).train)
+    with pytest.raises(BrokenImageError, match="a/0.png: the file is empty"):
+        check_images(load_images(args(train_dir=tmp_path)).train)
     with pytest.raises(ValueError, match="x holds no picture that can be read"):
-        check_pictures(PictureDataset([], 3, source="x"))
+        check_images(ImageDataset([], 3, source="x"))
 
 
 def test_broken_pictures_can_be_left_out_everywhere(tmp_path):
@@ -355,10 +355,10 @@ def test_broken_pictures_can_be_left_out_everywhere(tmp_path):
     flags = args(
         train_dir=tmp_path, validation_dir=tmp_path, skip_broken_images=True, image_mean="auto", image_std="auto"
     )
-    pictures = load_pictures(flags).train
-    assert int(check_pictures(pictures, skip_broken=True)[0, 0, 0]) == 11
+    pictures = load_images(flags).train
+    assert int(check_images(pictures, skip_broken=True)[0, 0, 0]) == 11
     assert np.allclose(resolve_mean_std(flags, pictures)[0], np.mean([11, 12, 0, 1, 2]) / 255, atol=1e-3)
-    with pytest.raises(BrokenPictureError, match="a/0.png"):
+    with pytest.raises(BrokenImageError, match="a/0.png"):
         compute_mean_std(pictures)
     readable = without_broken(pictures)
     assert len(readable) == 5 and readable.labels["label"].tolist() == [0, 0, 1, 1, 1]
@@ -385,26 +385,26 @@ def make_idx(root, suffix=""):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_idx(tmp_path, suffix):
     arrays = make_idx(tmp_path, suffix)
-    splits = load_pictures(args(train_dir=tmp_path, num_channels=1))
+    splits = load_images(args(train_dir=tmp_path, num_channels=1))
     assert len(splits.train) == 12 and len(splits.validation) == 4
     assert np.array_equal(splits.train[3][0], arrays["train"][3])
     assert np.array_equal(splits.validation[1][0], arrays["t10k"][1])
     assert splits.train.labels["label"].tolist() == [0, 1, 2] * 4
     assert splits.train.label_names == {"label": ["0", "1", "2"]}
     assert splits.train.name(3) == f"row 3 of {tmp_path}/train-images-idx3-ubyte{suffix}"
-    assert load_pictures(args(train_dir=tmp_path)).train[0].shape == (3, 5, 6)
+    assert load_images(args(train_dir=tmp_path)).train[0].shape == (3, 5, 6)
 
 
 def test_idx_without_labels_or_test(tmp_path):
     write_idx(tmp_path / "images-idx3-ubyte", np.zeros((40, 4, 4), dtype=np.uint8))
-    splits = load_pictures(args(train_dir=tmp_path, num_channels=1))
+    splits = load_images(args(train_dir=tmp_path, num_channels=1))
     assert len(splits.train) == 38 and len(splits.validation) == 2 and splits.train.labels == {}
 
 
 def test_idx_with_nothing_in_it(tmp_path):
     write_idx(tmp_path / "train-images-idx3-ubyte", np.zeros((0, 4, 4), dtype=np.uint8))
     with pytest.raises(ValueError, match="train-images-idx3-ubyte is empty: there is nothing to train on"):
-        load_pictures(args(train_dir=tmp_path))
+        load_images(args(train_dir=tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -429,19 +429,19 @@ def test_damaged_gzip(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(path.read_bytes()[:60])
     with pytest.raises(ValueError, match="train-images-idx3-ubyte.gz: cannot be read"):
-        load_pictures(args(train_dir=tmp_path))
+        load_images(args(train_dir=tmp_path))
 
 
 def test_idx_labels_of_another_number(tmp_path):
     make_idx(tmp_path)
     write_idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(3, dtype=np.uint8))
     with pytest.raises(ValueError, match="holds 3 labels for the 12 pictures"):
-        load_pictures(args(train_dir=tmp_path))
+        load_images(args(train_dir=tmp_path))
 
 
 @pytest.mark.skipif(not FASHION_MNIST.is_dir(), reason=f"{FASHION_MNIST} is not here")
 def test_the_real_fashion_mnist():
-    splits = load_pictures(args(train_dir=FASHION_MNIST, num_channels=1))
+    splits = load_images(args(train_dir=FASHION_MNIST, num_channels=1))
     assert len(splits.train) == 60000 and len(splits.validation) == 10000
     assert splits.train.labels["label"][:10].tolist() == [9, 0, 0, 3, 0, 2, 7, 2, 5, 5]
     assert np.bincount(splits.validation.labels["label"]).tolist() == [1000] * 10
@@ -472,7 +472,7 @@ def make_parquet(root, num_files=4):
 
 
 def test_parquet_folder(tmp_path):
-    splits = load_pictures(args(dataset_name=make_parquet(tmp_path / "data")))
+    splits = load_images(args(dataset_name=make_parquet(tmp_path / "data")))
     assert len(splits.train) == 12 and len(splits.validation) == 4  # the split called test
     assert int(splits.train[7].float().mean()) == 7
     assert splits.train.label_names == {"shape": ["round", "square"]}
@@ -489,23 +489,23 @@ def test_saved_to_disk(tmp_path):
     from datasets import DatasetDict
 
     make_dataset(40).save_to_disk(tmp_path / "one")
-    splits = load_pictures(args(dataset_name=tmp_path / "one", label_column_names=["n", "shape"]))
+    splits = load_images(args(dataset_name=tmp_path / "one", label_column_names=["n", "shape"]))
     assert len(splits.train) == 38 and len(splits.validation) == 2
     assert splits.train.label_names["n"] == [str(i) for i in range(40)]
     for part in vars_of(splits):
         assert [int(p.float().mean()) for p in part] == part.labels["n"].tolist()
     DatasetDict({"fit": make_dataset(6), "val": make_dataset(3)}).save_to_disk(tmp_path / "two")
-    splits = load_pictures(args(dataset_name=tmp_path / "two", train_split="fit"))
+    splits = load_images(args(dataset_name=tmp_path / "two", train_split="fit"))
     assert (len(splits.train), len(splits.validation)) == (6, 3)
     with pytest.raises(ValueError, match="--train_split train: .* has the splits fit, val"):
-        load_pictures(args(dataset_name=tmp_path / "two"))
+        load_images(args(dataset_name=tmp_path / "two"))
     with pytest.raises(ValueError, match="leave out --streaming"):
-        load_pictures(args(dataset_name=tmp_path / "two", streaming=True))
+        load_images(args(dataset_name=tmp_path / "two", streaming=True))
 
 
 def test_rows_without_a_label(tmp_path):
     make_dataset(6).map(lambda row: {"shape": None if row["n"] == 2 else row["shape"]}).save_to_disk(tmp_path / "a")
-    splits = load_pictures(args(dataset_name=tmp_path / "a", label_column_names=["n", "shape"]))
+    splits = load_images(args(dataset_name=tmp_path / "a", label_column_names=["n", "shape"]))
     labels = splits.train.labels
     assert [(n, s) for n, s in zip(labels["n"], labels["shape"], strict=True) if s < 0] == [(2, -1)]
 
@@ -536,15 +536,15 @@ def test_missing_pictures_are_broken_and_missing_labels_are_none(tmp_path):
     (tmp_path / "both").mkdir()
     for split in ("train", "test"):
         data.to_parquet(tmp_path / "both" / f"{split}.parquet")
-    pictures = load_pictures(args(dataset_name=tmp_path / "both", label_column_names=labels)).validation
+    pictures = load_images(args(dataset_name=tmp_path / "both", label_column_names=labels)).validation
     assert pictures.labels["name"].tolist() == [0, -1, 1, 0] and pictures.label_names["name"] == ["cat", "dog"]
     assert pictures.labels["number"].tolist() == [0, -1, -1, 1]
     assert pictures.labels["shape"].tolist() == [1, -1, 0, -1]
-    with pytest.raises(BrokenPictureError, match=r"row 1 of .*both \(test\): the picture is missing \(None\)"):
+    with pytest.raises(BrokenImageError, match=r"row 1 of .*both \(test\): the picture is missing \(None\)"):
         pictures[1]
     assert len(without_broken(pictures)) == 3 and pictures.content_fingerprint()
     flags |= {"streaming": True, "max_eval_samples": 2, "skip_broken_images": True}
-    splits = load_pictures(args(**flags))
+    splits = load_images(args(**flags))
     assert splits.validation.labels["shape"].tolist() == [1, -1]
     assert len(without_broken(splits.validation)) == 1 and len(list(splits.train)) == 2
 
@@ -557,7 +557,7 @@ def test_missing_arrays(tmp_path, streaming):
     features = Features({"bands": List(List(List(Value("uint8"))))})
     Dataset.from_dict({"bands": [array, None, None, array]}, features=features).to_parquet(tmp_path / "a.parquet")
     flags = {"image_column_name": "bands", "num_channels": 5, "max_eval_samples": 2, "skip_broken_images": True}
-    splits = load_pictures(args(dataset_name=tmp_path / "a.parquet", streaming=streaming, **flags))
+    splits = load_images(args(dataset_name=tmp_path / "a.parquet", streaming=streaming, **flags))
     if streaming:
         assert len(list(splits.train)) == 1 and len(without_broken(splits.validation)) == 1
     else:
@@ -567,7 +567,7 @@ def test_missing_arrays(tmp_path, streaming):
 def test_missing_picture_of_torchvision():
     from hf_mim.data.sources.torchvision import _FirstOfEach
 
-    pictures = PictureDataset(_FirstOfEach([(None, 1), (colour(1), 0)]), 3, source="x")
+    pictures = ImageDataset(_FirstOfEach([(None, 1), (colour(1), 0)]), 3, source="x")
     assert len(without_broken(pictures)) == 1
 
 
@@ -598,7 +598,7 @@ def test_multi_label_columns(tmp_path, kind):
         data.to_parquet(tmp_path / "a" / f"{split}.parquet")
     wanted = None if kind == "classes" else ["tags"]
     for streaming in (False, True) if kind == "classes" else (False,):
-        splits = load_pictures(args(dataset_name=tmp_path / "a", label_column_names=wanted, streaming=streaming))
+        splits = load_images(args(dataset_name=tmp_path / "a", label_column_names=wanted, streaming=streaming))
         pictures = splits.validation
         assert pictures.multi_label("tags") and pictures.label_names == {"tags": names}
         assert pictures.labels["tags"].dtype == np.int8
@@ -614,18 +614,18 @@ def test_labels_of_other_types_are_refused(tmp_path):
         "image", data.features["image"]
     ).save_to_disk(tmp_path / "a")
     with pytest.raises(ValueError, match="--label_column_names box: .* expected classes"):
-        load_pictures(args(dataset_name=tmp_path / "a", label_column_names=["box"]))
+        load_images(args(dataset_name=tmp_path / "a", label_column_names=["box"]))
 
 
 def test_true_causes_are_said(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match="a.parquet could not be loaded: .*Parquet magic bytes"):
-        load_pictures(args(dataset_name=tmp_path / "a.parquet"))
+        load_images(args(dataset_name=tmp_path / "a.parquet"))
 
 
 def test_one_parquet_file(tmp_path):
     make_dataset(20).to_parquet(tmp_path / "a.parquet")
-    assert len(load_pictures(args(dataset_name=tmp_path / "a.parquet")).train) == 19
+    assert len(load_images(args(dataset_name=tmp_path / "a.parquet")).train) == 19
 
 
 @pytest.mark.parametrize("kind", ["Array3D", "list"])
@@ -636,7 +636,7 @@ def test_arrays_of_five_channels(tmp_path, kind):
     feature = Array3D((5, 4, 7), "uint16") if kind == "Array3D" else List(List(List(Value("uint16"))))
     dataset = Dataset.from_dict({"bands": arrays.tolist()}, features=Features({"bands": feature}))
     dataset.save_to_disk(tmp_path / "data")
-    splits = load_pictures(
+    splits = load_images(
         args(dataset_name=tmp_path / "data", num_channels=5, image_column_name=None if kind == "Array3D" else "bands")
     )
     found = torch.stack([*splits.train, *splits.validation])
@@ -665,9 +665,9 @@ def test_bad_columns(tmp_path):
         ("d.parquet", {}, "could not be loaded: .* no data"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_pictures(args(dataset_name=tmp_path / name, **kwargs))
+            load_images(args(dataset_name=tmp_path / name, **kwargs))
     with pytest.raises(ValueError, match="--dataset_name nobody/nothing could not be loaded"):
-        load_pictures(args(dataset_name="nobody/nothing"))
+        load_images(args(dataset_name="nobody/nothing"))
 
 
 def test_a_broken_picture_in_a_row(tmp_path):
@@ -675,8 +675,8 @@ def test_a_broken_picture_in_a_row(tmp_path):
 
     values = [{"bytes": b"no picture", "path": "x.png"}] * 2
     Dataset.from_dict({"image": values}, features=Features({"image": Image()})).save_to_disk(tmp_path / "a")
-    pictures = load_pictures(args(dataset_name=tmp_path / "a")).train
-    with pytest.raises(BrokenPictureError, match=r"x.png \(row \d of .*a \(train\)\): not a picture"):
+    pictures = load_images(args(dataset_name=tmp_path / "a")).train
+    with pytest.raises(BrokenImageError, match=r"x.png \(row \d of .*a \(train\)\): not a picture"):
         pictures[0]
 
 
@@ -689,7 +689,7 @@ def test_workers_read_the_same(tmp_path, source):
     else:
         make_idx(tmp_path)
         flags = args(train_dir=tmp_path)
-    pictures = load_pictures(flags).train
+    pictures = load_images(flags).train
     transform = PretrainingTransform((8, 8), 4, [0.5] * 3, [0.5] * 3)
     runs = [
         list(
@@ -717,7 +717,7 @@ def test_streaming_arrays(tmp_path):
     arrays = np.random.default_rng(0).integers(0, 256, (6, 4, 7, 5), dtype=np.uint8)
     features = Features({"bands": List(List(List(Value("uint8"))))})
     Dataset.from_dict({"bands": arrays.tolist()}, features=features).to_parquet(tmp_path / "a.parquet")
-    splits = load_pictures(
+    splits = load_images(
         args(
             dataset_name=tmp_path / "a.parquet",
             streaming=True,
@@ -740,7 +740,7 @@ def test_files_as_plain_bytes(tmp_path):
     pq.write_table(pa.table({"plain": data, "struct": structs}), tmp_path / "a.parquet")
     for column in ("plain", "struct"):
         for streaming in (False, True):
-            splits = load_pictures(
+            splits = load_images(
                 args(
                     dataset_name=tmp_path / "a.parquet",
                     image_column_name=column,
@@ -759,16 +759,16 @@ def encoded():
 
 
 def test_streaming(tmp_path):
-    splits = load_pictures(args(dataset_name=make_parquet(tmp_path / "data"), streaming=True), seed=1)
-    assert isinstance(splits.train, PictureStream)
+    splits = load_images(args(dataset_name=make_parquet(tmp_path / "data"), streaming=True), seed=1)
+    assert isinstance(splits.train, ImageStream)
     first, second = ([int(p.float().mean()) for p in each_pass(splits.train, epoch)] for epoch in (0, 1))
     assert sorted(first) == sorted(second) == list(range(12)) and first != second
     assert [int(p.float().mean()) for p in each_pass(splits.train, 0)] == first
     assert len(splits.validation) == 4 and splits.validation.labels["shape"].tolist() == [0, 1, 0, 1]
     memory = splits.train.take(5)
-    assert isinstance(memory, PictureDataset) and len(memory) == 5
+    assert isinstance(memory, ImageDataset) and len(memory) == 5
     assert [int(p.float().mean()) % 2 for p in memory] == memory.labels["shape"].tolist()
-    assert check_pictures(splits.train).shape == (3, 8, 8)
+    assert check_images(splits.train).shape == (3, 8, 8)
     assert len(compute_mean_std(splits.train, 4)[0]) == 3
 
 
@@ -780,7 +780,7 @@ def each_pass(stream, epoch):
 def test_streaming_without_a_held_out_split(tmp_path):
     make_dataset(20).to_parquet(tmp_path / "a.parquet")
     flags = args(dataset_name=tmp_path / "a.parquet", streaming=True, max_eval_samples=5, max_train_samples=6)
-    splits = load_pictures(flags)
+    splits = load_images(flags)
     assert [int(p.float().mean()) for p in splits.validation] == [0, 1, 2, 3, 4]
     assert sorted(int(p.float().mean()) for p in splits.train) == [5, 6, 7, 8, 9, 10]
 
@@ -791,7 +791,7 @@ def test_streaming_over_processes_and_workers(tmp_path, num_workers):
     make_parquet(tmp_path / "data")
     found = []
     for rank in (0, 1):
-        pictures = load_pictures(args(dataset_name=tmp_path / "data", streaming=True)).train
+        pictures = load_images(args(dataset_name=tmp_path / "data", streaming=True)).train
         transform = PretrainingTransform((8, 8), 4, [0.0] * 3, [1.0] * 3)
         dataset = StreamingPretrainingDataset(pictures, transform, rank=rank, num_processes=2)
         batches = iter(DataLoader(dataset, batch_size=3, num_workers=num_workers, collate_fn=pretraining_collator))
@@ -807,9 +807,9 @@ def test_streaming_leaves_out_broken_pictures(tmp_path):
     values = [good[0], {"bytes": b"broken", "path": "x.png"}, good[2]]
     Dataset.from_dict({"image": values}, features=Features({"image": Image()})).to_parquet(tmp_path / "train.parquet")
     flags = {"dataset_name": tmp_path / "train.parquet", "streaming": True, "max_eval_samples": 1}
-    with pytest.raises(BrokenPictureError, match=r"x.png \(in .*train.parquet\)"):
-        list(load_pictures(args(**flags)).train)
-    stream = load_pictures(args(**flags, skip_broken_images=True)).train
+    with pytest.raises(BrokenImageError, match=r"x.png \(in .*train.parquet\)"):
+        list(load_images(args(**flags)).train)
+    stream = load_images(args(**flags, skip_broken_images=True)).train
     assert len(list(stream)) == 1 and stream.num_broken == 1
 
 
@@ -829,14 +829,14 @@ def test_torchvision(tmp_path):
     (root / CIFAR10.meta["filename"]).write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
     flags = args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path)
     with pytest.raises(ValueError, match="--validation_split valid: torchvision:CIFAR10 has the splits train, test"):
-        load_pictures(args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path, validation_split="valid"))
+        load_images(args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path, validation_split="valid"))
     with pytest.raises(ValueError, match=r"torchvision.datasets.CIFAR10\(.*download=True\)"):
-        load_pictures(flags)  # its checksums are not those of the real files
+        load_images(flags)  # its checksums are not those of the real files
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(CIFAR10, "_check_integrity", lambda self: True)
         patch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        splits = load_pictures(flags)
-        turned = load_pictures(args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path, train_split="test"))
+        splits = load_images(flags)
+        turned = load_images(args(dataset_name="torchvision:CIFAR10", train_dir=tmp_path, train_split="test"))
     assert len(splits.train) == 10 and len(splits.validation) == 2
     assert len(turned.train) == 2 and len(turned.validation) == 10
     assert splits.train[0].shape == (3, 32, 32)
@@ -848,29 +848,29 @@ def test_torchvision(tmp_path):
 def test_labels_that_are_not_there(tmp_path):
     make_folder(tmp_path)
     with pytest.raises(ValueError, match="--label_column_names count: the data has the labels label"):
-        load_pictures(args(train_dir=tmp_path, label_column_names=["count"]))
-    assert load_pictures(args(train_dir=tmp_path, label_column_names=["label"])).train.labels.keys() == {"label"}
+        load_images(args(train_dir=tmp_path, label_column_names=["count"]))
+    assert load_images(args(train_dir=tmp_path, label_column_names=["label"])).train.labels.keys() == {"label"}
 
 
 def test_torchvision_broken_picture(tmp_path):
     make_folder(tmp_path)
-    pictures = load_pictures(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path)).train
+    pictures = load_images(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path)).train
     for path in tmp_path.rglob("*.png"):
         path.write_bytes(b"broken")
-    with pytest.raises(BrokenPictureError, match="picture 0 of ImageFolder"):
+    with pytest.raises(BrokenImageError, match="picture 0 of ImageFolder"):
         pictures[0]
 
 
 def test_torchvision_idx(tmp_path):
     (tmp_path / "FashionMNIST" / "raw").mkdir(parents=True)
     arrays = make_idx(tmp_path / "FashionMNIST" / "raw")
-    splits = load_pictures(args(dataset_name="torchvision:FashionMNIST", train_dir=tmp_path, num_channels=1))
+    splits = load_images(args(dataset_name="torchvision:FashionMNIST", train_dir=tmp_path, num_channels=1))
     assert np.array_equal(splits.train[2][0], arrays["train"][2]) and len(splits.validation) == 4
 
 
 def test_torchvision_folder_without_splits(tmp_path):
     make_folder(tmp_path)
-    splits = load_pictures(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path))
+    splits = load_images(args(dataset_name="torchvision:ImageFolder", train_dir=tmp_path))
     assert len(splits.train) == 5 and len(splits.validation) == 1
     assert splits.train.label_names == {"label": ["a", "b"]}
 
@@ -885,7 +885,7 @@ def test_torchvision_errors(tmp_path):
         ("STL10", tmp_path, "download=True"),
     ):
         with pytest.raises(ValueError, match=message):
-            load_pictures(args(dataset_name=f"torchvision:{name}", train_dir=root))
+            load_images(args(dataset_name=f"torchvision:{name}", train_dir=root))
 
 
 # --- the embedded scenes
@@ -893,7 +893,7 @@ def test_torchvision_errors(tmp_path):
 
 def test_scenes_by_default(tmp_path):
     flags = args(max_train_samples=6, max_eval_samples=4, image_size=[32], data_cache_dir=tmp_path)
-    splits = load_pictures(flags)
+    splits = load_images(flags)
     assert len(splits.train) == 6 and len(splits.validation) == 4
     assert splits.train[0].shape == (3, 32, 32) and splits.train[0].dtype == torch.uint8
     assert set(splits.train.labels) == {"count", "distance", "shape", "color"}
@@ -910,22 +910,22 @@ def test_scenes_by_default(tmp_path):
 
 
 def test_mean_and_std_by_hand():
-    pictures = PictureDataset(
+    pictures = ImageDataset(
         [np.array([[[0, 255, 7]]], dtype=np.uint8), np.array([[[255, 255, 7]]], dtype=np.uint8)], 3, source="x"
     )
     mean, std = compute_mean_std(pictures)
     assert np.allclose(mean, [0.5, 1.0, 7 / 255])
     assert np.allclose(std, [0.5, 1.0, 1.0])  # a channel that never changes is not divided by 0
-    floats = PictureDataset([np.array([[[2.0, 4.0]]], dtype=np.float32)], 1, source="x")
+    floats = ImageDataset([np.array([[[2.0, 4.0]]], dtype=np.float32)], 1, source="x")
     assert compute_mean_std(floats) == ([3.0], [1.0])
 
 
 def test_which_mean_and_std():
-    pictures = PictureDataset([np.array([[0, 255]], dtype=np.uint8)], 3, source="x")
+    pictures = ImageDataset([np.array([[0, 255]], dtype=np.uint8)], 3, source="x")
     assert resolve_mean_std(args(), pictures)[0] == [0.485, 0.456, 0.406]
     assert np.allclose(resolve_mean_std(args(image_mean=["auto"], image_std=["auto"]), pictures)[0], [0.5] * 3)
     assert resolve_mean_std(args(image_mean=["1"] * 3, image_std=["2"] * 3), pictures) == ([1.0] * 3, [2.0] * 3)
-    grey = PictureDataset([np.array([[0, 255]], dtype=np.uint8)], 1, source="x")
+    grey = ImageDataset([np.array([[0, 255]], dtype=np.uint8)], 1, source="x")
     assert np.allclose(resolve_mean_std(args(num_channels=1), grey), [[0.5], [0.5]])
 
 
@@ -939,14 +939,14 @@ class Without:
         if name.split(".")[0] in ("datasets", "evaluate", "timm", "matplotlib", "tifffile"):
             raise ModuleNotFoundError(f"no {name}", name=name)
 sys.meta_path.insert(0, Without)
-from hf_mim.data.loading import DataArguments, check_pictures, load_pictures, resolve_mean_std
+from hf_mim.data.loading import DataArguments, check_images, load_images, resolve_mean_std
 for root in sys.argv[1:]:
-    pictures = load_pictures(DataArguments(train_dir=root))
-    check_pictures(pictures.train), resolve_mean_std(DataArguments(train_dir=root), pictures.train)
+    pictures = load_images(DataArguments(train_dir=root))
+    check_images(pictures.train), resolve_mean_std(DataArguments(train_dir=root), pictures.train)
 from hf_mim.missing import say_missing
 for flags in ({}, {"dataset_name": "x"}):
     try:
-        load_pictures(DataArguments(**flags))
+        load_images(DataArguments(**flags))
     except ImportError as error:
         print(say_missing(error))
 """
@@ -970,9 +970,9 @@ def test_other_channels_among_the_pictures(tmp_path):
     """Three channels take them all; any other number names the picture that does not fit."""
     for n, mode in enumerate(("RGB", "L", "RGBA", "P", "CMYK", "1", "LA", "I;16")):
         Image.new(mode, (8, 8)).save(tmp_path / f"{n}.{'jpg' if mode == 'CMYK' else 'png'}")
-    splits = load_pictures(args(train_dir=tmp_path))
+    splits = load_images(args(train_dir=tmp_path))
     assert {tuple(p.shape) for s in (splits.train, splits.validation) for p in s} == {(3, 8, 8)}
-    rgba = load_pictures(args(train_dir=tmp_path, num_channels=4)).train
+    rgba = load_images(args(train_dir=tmp_path, num_channels=4)).train
     message = r"0.png: has 3 \(RGB\) channels, expected 4.*--num_channels 3.*`hf_mim check` with the same flags"
     with pytest.raises(ValueError, match=message):
         [rgba[i] for i in range(len(rgba))]

@@ -11,7 +11,7 @@ from accelerate import skip_first_batches
 from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from torch.utils.data import DataLoader, Dataset
 
-from hf_mim.data.pictures import BrokenPictureError
+from hf_mim.data.images import BrokenImageError
 from hf_mim.data.pretraining import (
     EpochSampler,
     PretrainingDataset,
@@ -33,7 +33,7 @@ class Pictures(Dataset):
 
     def __getitem__(self, index):
         if index in self.broken:
-            raise BrokenPictureError(f"folder/{index}.jpg: broken")
+            raise BrokenImageError(f"folder/{index}.jpg: broken")
         return torch.full((3, 8, 8), index, dtype=torch.uint8)
 
 
@@ -141,7 +141,7 @@ def test_workers_change_nothing():
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_broken_picture_stops_with_its_name(num_workers):
     dataset = PretrainingDataset(Pictures(broken={7}), Tell())
-    with pytest.raises(BrokenPictureError, match=r"folder/7\.jpg: broken") as caught:
+    with pytest.raises(BrokenImageError, match=r"folder/7\.jpg: broken") as caught:
         list(loader(dataset, sampler=EpochSampler(24), batch_size=4, num_workers=num_workers))
     # The error holds its frames, and they hold it: left to the garbage collector, the workers would end in no order
     # and be waited for, 10 seconds.
@@ -167,7 +167,7 @@ def test_broken_pictures_are_replaced_and_counted_once(num_workers, caplog):
 
 def test_nothing_readable():
     dataset = PretrainingDataset(Pictures(3, broken={0, 1, 2}), Tell(), skip_broken=True)
-    with pytest.raises(BrokenPictureError, match="None of the 3 pictures"):
+    with pytest.raises(BrokenImageError, match="None of the 3 pictures"):
         dataset[0, 1]
 
 

@@ -36,9 +36,9 @@ from transformers import (
 )
 
 from hf_mim import PiLaMIMForPreTraining, PiLaMIMModel
-from hf_mim.data.dataset import PictureDataset
+from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.image_processing import build_image_processor
-from hf_mim.data.loading import PictureSplits
+from hf_mim.data.loading import ImageSplits
 from hf_mim.data.sources.folder import from_folder
 from hf_mim.evaluation.encoders import FeatureEncoder, RawPixels, blocks_read, load_encoder, untrained_encoder
 from hf_mim.evaluation.features import extract_features, labelled_splits, shared_labels
@@ -71,8 +71,8 @@ def saved(name: str, folder):
     return folder
 
 
-def noise_pictures(number: int = 11, seed: int = 0) -> PictureDataset:
-    return PictureDataset(pictures(number, seed), 3, source="noise")
+def noise_pictures(number: int = 11, seed: int = 0) -> ImageDataset:
+    return ImageDataset(pictures(number, seed), 3, source="noise")
 
 
 def processor(size=(16, 16), mean=0.5):
@@ -317,9 +317,9 @@ class TestExtraction:
         assert one() == one() != two()
         # Pictures of another kind are read for it.
         values = list(pictures(3))
-        first = PictureDataset(values, 3, source="x").fingerprint()
-        assert PictureDataset(values, 3, source="y").fingerprint() == first
-        assert PictureDataset([*values[:2], values[0]], 3, source="x").fingerprint() != first
+        first = ImageDataset(values, 3, source="x").fingerprint()
+        assert ImageDataset(values, 3, source="y").fingerprint() == first
+        assert ImageDataset([*values[:2], values[0]], 3, source="x").fingerprint() != first
 
     def test_no_pictures(self, tmp_path):
         with pytest.raises(ValueError, match="no pictures"):
@@ -373,13 +373,13 @@ os._exit(0)  # gloo's threads may abort at the interpreter's end
 class TestSplits:
     def test_limits_and_labels(self):
         def split(number, labels):
-            return PictureDataset(pictures(number), 3, source="noise", labels=labels)
+            return ImageDataset(pictures(number), 3, source="noise", labels=labels)
 
         train = split(20, {"a": np.arange(20), "b": np.zeros(20)})
         test = split(10, {"b": np.arange(10), "c": np.zeros(10)})
-        found = labelled_splits(PictureSplits(train, test), 8, 100)
+        found = labelled_splits(ImageSplits(train, test), 8, 100)
         assert [len(part) for part in found] == [8, 10]
-        again = labelled_splits(PictureSplits(train, test), 8, 100)
+        again = labelled_splits(ImageSplits(train, test), 8, 100)
         assert found[0].labels["a"].tolist() == again[0].labels["a"].tolist() != list(range(8))
         train_labels, test_labels = shared_labels(*found)
         assert list(train_labels) == list(test_labels) == ["b"]
@@ -404,6 +404,6 @@ def test_files_replaced_by_others_that_look_alike_have_another_fingerprint(tmp_p
 def test_several_labels_a_picture_are_there_where_they_are_wanted():
     labels = {"one": np.arange(4) % 2, "tags": np.array([[1, 0], [0, 0], [1, 1], [-1, -1]])}
     names = {"one": ["a", "b"], "tags": ["x", "y"]}
-    data = PictureDataset(np.zeros((4, 8, 8, 3), np.uint8), 3, source="made", labels=labels, label_names=names)
+    data = ImageDataset(np.zeros((4, 8, 8, 3), np.uint8), 3, source="made", labels=labels, label_names=names)
     assert list(shared_labels(data, data)[0]) == ["one"]
     assert shared_labels(data, data, multi_label=True)[0]["tags"].shape == (4, 2)

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTForImage
 
 import hf_mim
 from hf_mim.data.arguments import DataArguments
-from hf_mim.data.dataset import PictureDataset
+from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.finetuning import FineTuningTransform, LabelledDataset, MixingCollator
 from hf_mim.data.image_processing import build_image_processor
 from hf_mim.evaluation.robustness import match_classes
@@ -96,7 +96,7 @@ def noise_data(number: int = 6, **kwargs) -> LabelledDataset:
     pictures = np.random.default_rng(0).integers(0, 256, (number, 16, 16, 3), dtype=np.uint8)
     settings = {"auto_augment": "rand-m9-mstd0.5-inc1", "random_erasing": 1.0, "seed": 3} | kwargs
     transform = FineTuningTransform((16, 16), [0.5] * 3, [0.25] * 3, **settings)
-    return LabelledDataset(PictureDataset(pictures, 3, source="noise"), np.arange(number) % 3, transform)
+    return LabelledDataset(ImageDataset(pictures, 3, source="noise"), np.arange(number) % 3, transform)
 
 
 class TestAugmentation:
@@ -146,7 +146,7 @@ class TestAugmentation:
             paths.append(str(tmp_path / f"{index}.png"))
             Image.fromarray(np.full((16, 16, 3), index, dtype=np.uint8)).save(paths[-1])
         Path(paths[1]).write_bytes(b"broken")
-        pictures = PictureDataset(paths, 3, source="files")
+        pictures = ImageDataset(paths, 3, source="files")
         transform = FineTuningTransform((16, 16), [0.0] * 3, [1.0] * 3)
         item = LabelledDataset(pictures, np.array([5, 6, 7]), transform, skip_broken=True)[0, 1]
         assert item["labels"] == 7 and item["pixel_values"].mean().item() == pytest.approx(2 / 255, abs=1e-4)
@@ -689,7 +689,7 @@ class TestBadInput:
     def test_labels(self, train, validation, message):
         def pictures(names):
             labels = {name: [0, len(classes) - 1] for name, classes in names.items()}
-            return PictureDataset(np.zeros((2, 4, 4)), 1, source="here", labels=labels, label_names=names)
+            return ImageDataset(np.zeros((2, 4, 4)), 1, source="here", labels=labels, label_names=names)
 
         with pytest.raises(ValueError, match=message):
             choose_label(SimpleNamespace(train=pictures(train), validation=pictures(validation)), None)
@@ -697,7 +697,7 @@ class TestBadInput:
     def test_pictures_without_a_label(self):
         def pictures(numbers):
             names = {"label": ["a", "b"]}
-            return PictureDataset(np.zeros((3, 4, 4)), 1, source="here", labels={"label": numbers}, label_names=names)
+            return ImageDataset(np.zeros((3, 4, 4)), 1, source="here", labels={"label": numbers}, label_names=names)
 
         splits = SimpleNamespace(train=pictures([0, 1, 1]), validation=pictures([-1, 0, -1]))
         with pytest.raises(ValueError, match="2 of 3 pictures of here have no class of 'label'"):

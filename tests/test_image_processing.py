@@ -10,7 +10,7 @@ from transformers import AutoImageProcessor, BitImageProcessor, ViTImageProcesso
 
 import hf_mim  # noqa: F401  (registers our processor)
 from hf_mim.data.image_processing import MIMImageProcessor, build_image_processor, evaluation_transform
-from hf_mim.data.pictures import read_picture
+from hf_mim.data.images import read_image
 
 SIZES = [(32, 32), (160, 160), (16, 32)]
 
@@ -52,7 +52,7 @@ def test_pictures(size, num_channels):
     processor = build(size, num_channels)
     found = processor(image(), return_tensors="pt")["pixel_values"]
     assert found.shape == (1, num_channels, *size) and found.dtype == torch.float32
-    expected = by_hand(read_picture(image(), num_channels).contiguous(), size)
+    expected = by_hand(read_image(image(), num_channels).contiguous(), size)
     assert torch.allclose(found[0], expected, atol=1e-5)
     assert torch.allclose(evaluation_transform(processor, num_channels)(image()), found[0], atol=1e-6)
 
@@ -66,7 +66,7 @@ def test_five_channels(size, dtype):
     processor = build(size, 5)
     found = processor([array, array], return_tensors="pt")["pixel_values"]
     assert found.shape == (2, 5, *size)
-    assert torch.allclose(found[1], by_hand(read_picture(array, 5).contiguous(), size), atol=1e-5)
+    assert torch.allclose(found[1], by_hand(read_image(array, 5).contiguous(), size), atol=1e-5)
     assert torch.equal(evaluation_transform(processor, 5)(array), found[0])
 
 
@@ -82,7 +82,7 @@ def test_what_can_be_given(tmp_path):
     processor = build((32, 32), 1)
     image().save(tmp_path / "a.png")
     expected = processor(image(), return_tensors="pt")["pixel_values"]
-    grey = read_picture(image(), 1)
+    grey = read_image(image(), 1)
     for value in (str(tmp_path / "a.png"), [tmp_path / "a.png"], grey, [grey], grey[None], grey[0].numpy()):
         assert torch.equal(processor(value, return_tensors="pt")["pixel_values"], expected)
     assert isinstance(processor(image(), return_tensors="np")["pixel_values"], np.ndarray)

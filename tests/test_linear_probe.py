@@ -11,7 +11,7 @@ from torch import nn
 
 import hf_mim
 from hf_mim.data.arguments import DataArguments
-from hf_mim.data.loading import load_pictures
+from hf_mim.data.loading import load_images
 from hf_mim.data.sources.clevr import clevr_tasks
 from hf_mim.evaluation.linear_probe import LinearProbe, learning_rate_factor, train_probes
 from hf_mim.jobs.linear_probe import PRESETS, ProbeArguments, main, probe_table
@@ -271,14 +271,14 @@ class TestCLEVR:
                 objects = [{"pixel_coords": [1, 2, 8.2 + index], "color": "red"}] * (3 + index)
                 scenes.append({"image_filename": name, "objects": objects})
             (tmp_path / "scenes" / f"CLEVR_{split}_scenes.json").write_text(json.dumps({"scenes": scenes}))
-        found = load_pictures(DataArguments(train_dir=str(tmp_path)))
+        found = load_images(DataArguments(train_dir=str(tmp_path)))
         assert found.train.labels["count"].tolist() == [0, 1, 2, 3]
         assert found.train.labels["distance"].tolist() == [1, 3, 5, 5]
         assert found.train.label_names["count"][:2] == ["3", "4"]
         assert len(found.validation) == 2 and found.train[3][0, 0, 0] == 3
         (tmp_path / "scenes" / "CLEVR_val_scenes.json").write_text("{}")
         with pytest.raises(ValueError, match="CLEVR's annotations"):
-            load_pictures(DataArguments(train_dir=str(tmp_path)))
+            load_images(DataArguments(train_dir=str(tmp_path)))
 
     @pytest.mark.parametrize("form", ["list", "columns"])
     def test_annotations_of_a_data_set(self, tmp_path, form):
@@ -296,7 +296,7 @@ class TestCLEVR:
             features=datasets.Features({"image": datasets.Image(), "objects": feature}),
         )
         datasets.DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "clevr"))
-        found = load_pictures(DataArguments(dataset_name=str(tmp_path / "clevr")))
+        found = load_images(DataArguments(dataset_name=str(tmp_path / "clevr")))
         assert {name: column.tolist() for name, column in found.train.labels.items()} == {
             "count": [0, 2],
             "distance": [0, 4],

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 import hf_mim
-from hf_mim.data.dataset import PictureDataset, PictureStream
+from hf_mim.data.dataset import ImageDataset, ImageStream
 from hf_mim.data.image_processing import build_image_processor
-from hf_mim.data.loading import PictureSplits
+from hf_mim.data.loading import ImageSplits
 from hf_mim.evaluation.knn import knn_accuracy
 from hf_mim.evaluation.linear import linear_probe_accuracy
 from hf_mim.evaluation.online import OnlineEvaluation
@@ -33,12 +33,12 @@ def folder(tmp_path_factory):
     return root
 
 
-def splits(labels=True) -> PictureSplits:
+def splits(labels=True) -> ImageSplits:
     def split(number, seed):
         classes = {"label": np.arange(number) % 3, "parity": np.arange(number) % 2} if labels else None
-        return PictureDataset(pictures(number, seed), 3, source="noise", labels=classes)
+        return ImageDataset(pictures(number, seed), 3, source="noise", labels=classes)
 
-    return PictureSplits(split(24, 0), split(12, 1))
+    return ImageSplits(split(24, 0), split(12, 1))
 
 
 def processor():
@@ -169,15 +169,15 @@ class TestMistakes:
 
     def test_stream(self):
         data = splits()
-        data.train = object.__new__(PictureStream)
+        data.train = object.__new__(ImageStream)
         with pytest.raises(ValueError, match="leave out --streaming"):
             OnlineEvaluation(data, processor(), knn=True, linear=False)
 
 
 def test_no_picture_is_read_before_the_first_evaluation(monkeypatch):
     read = []
-    stock = PictureDataset.__getitem__
-    monkeypatch.setattr(PictureDataset, "__getitem__", lambda data, index: read.append(index) or stock(data, index))
+    stock = ImageDataset.__getitem__
+    monkeypatch.setattr(ImageDataset, "__getitem__", lambda data, index: read.append(index) or stock(data, index))
     evaluation = OnlineEvaluation(splits(), processor(), knn=True, linear=False)
     assert read == []
     evaluation(hf_mim.PiLaMIMModel(tiny_config()).eval())

@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from hf_mim.data.dataset import PictureDataset
+from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.sources.folder import from_folder
 from hf_mim.jobs import finetuning, pretraining
 from hf_mim.training.arguments import MIMTrainingArguments
@@ -151,7 +151,7 @@ class TestContentFingerprint:
             return from_datasets({"train": split}, 3, source="x")["train"].content_fingerprint()
 
         def array(seed):
-            return PictureDataset(pictures(5, seed), 3, source="x").content_fingerprint()
+            return ImageDataset(pictures(5, seed), 3, source="x").content_fingerprint()
 
         for of in (column, array):
             assert of(0) == of(0) != of(1)
@@ -159,8 +159,8 @@ class TestContentFingerprint:
     def test_reads_few_of_many(self, monkeypatch):
         read = []
         values = np.zeros((3000, 2, 2, 3), dtype=np.uint8)
-        data = PictureDataset(values, 3, source="x")
-        monkeypatch.setattr(PictureDataset, "stored", lambda self, index: read.append(index) or values[index])
+        data = ImageDataset(values, 3, source="x")
+        monkeypatch.setattr(ImageDataset, "stored", lambda self, index: read.append(index) or values[index])
         data.content_fingerprint()
         assert len(read) == 256 and read[0] == 0 and read[-1] == 2999
 

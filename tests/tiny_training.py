@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hf_mim import PiLaMIMConfig, PiLaMIMForPreTraining
-from hf_mim.data.dataset import PictureDataset
+from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.pretraining import PretrainingDataset
 from hf_mim.data.transforms import PretrainingTransform
 from hf_mim.training.arguments import MIMTrainingArguments
@@ -57,7 +57,7 @@ def pictures(number: int = 20, seed: int = 0) -> np.ndarray:
 
 
 def tiny_data(number: int = 20, seed: int = 0) -> PretrainingDataset:
-    source = PictureDataset(pictures(number, seed), 3, source="noise")
+    source = ImageDataset(pictures(number, seed), 3, source="noise")
     return PretrainingDataset(source, PretrainingTransform((16, 16), 16, [0.5] * 3, [0.25] * 3, seed=0))
 
 

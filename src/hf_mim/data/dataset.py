@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, get_worker_info
 from transformers.utils import logging
 
-from .pictures import BrokenPictureError, read_picture
+from .images import BrokenImageError, read_image
 
 logger = logging.get_logger(__name__)
 
@@ -19,18 +19,18 @@ logger = logging.get_logger(__name__)
 _SAMPLED = 256
 
 
-class PictureDataset(Dataset):
-    """Pictures by index: `pictures[i]` is a tensor (num_channels, height, width), as `read_picture` gives it.
+class ImageDataset(Dataset):
+    """Pictures by index: `pictures[i]` is a tensor (num_channels, height, width), as `read_image` gives it.
 
     Args:
-        values: what `read_picture` takes, by index.
+        values: what `read_image` takes, by index.
         num_channels (`int`): of every picture.
         source (`str`): where the pictures are from, to name those that have no path.
         labels: label name to integers of shape `(len(values),)`, -1 where there is none; or, where a picture may have
             several classes or none of them (multi-label), to zeros and ones of shape `(len(values), num_classes)`, a
             row of -1 where it is not known.
         label_names: label name to the names of its classes.
-        max_image_pixels (`int`, *optional*): as in `read_picture`.
+        max_image_pixels (`int`, *optional*): as in `read_image`.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class PictureDataset(Dataset):
     def __getitem__(self, index: int) -> torch.Tensor:
         value = self.stored(index)
         name = self._name(index, value)
-        return read_picture(value, self.num_channels, name=name, max_image_pixels=self.max_image_pixels)
+        return read_image(value, self.num_channels, name=name, max_image_pixels=self.max_image_pixels)
 
     def stored(self, index: int):
-        """What `read_picture` is given: a path, the bytes of a file, an array, or None where there is no picture."""
+        """What `read_image` is given: a path, the bytes of a file, an array, or None where there is no picture."""
         return self._values[int(self._rows[index])]
 
     def multi_label(self, name: str) -> bool:
@@ -71,7 +71,7 @@ class PictureDataset(Dataset):
         """The picture's file, or its row in the data set."""
         return self._name(index, self.stored(index))
 
-    def select(self, indices) -> "PictureDataset":
+    def select(self, indices) -> "ImageDataset":
         """These pictures and their labels, in this order, sharing the memory of all."""
         selected = object.__new__(type(self))
         selected.__dict__.update(self.__dict__)
@@ -120,7 +120,7 @@ class PictureDataset(Dataset):
             return digest.hexdigest()
         for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).round().astype(np.int64)).tolist():
             # A broken picture counts as an empty one.
-            with contextlib.suppress(OSError, BrokenPictureError):
+            with contextlib.suppress(OSError, BrokenImageError):
                 digest.update(stored_bytes(self.stored(index)))
         return digest.hexdigest()
 
@@ -136,7 +136,7 @@ def _label_column(column) -> np.ndarray:
     return column.astype(np.int8 if column.ndim == 2 else np.int64)
 
 
-class PictureStream:
+class ImageStream:
     """Pictures in the order in which they are read, from a `datasets.IterableDataset`.
 
     Iterating gives tensors of shape `(num_channels, height, width)`. In a `DataLoader`'s worker it gives that worker's
@@ -150,7 +150,7 @@ class PictureStream:
         dtype (`np.dtype`, *optional*): of the numbers, where rows hold arrays (as lists) and not files.
         label_names: label name (a column of integers, or of lists of them) to the names of its classes.
         skip_broken (`bool`): leave out what cannot be read, and count it in `num_broken`.
-        max_image_pixels (`int`, *optional*): as in `read_picture`.
+        max_image_pixels (`int`, *optional*): as in `read_image`.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ class PictureStream:
         self._epoch = epoch
         self.stream.set_epoch(epoch)
 
-    def shard(self, num_shards: int, index: int) -> "PictureStream":
+    def shard(self, num_shards: int, index: int) -> "ImageStream":
         """The share of process `index` out of `num_shards`."""
         from datasets.distributed import split_dataset_by_node
 
@@ -200,13 +200,13 @@ class PictureStream:
         worker = get_worker_info()
         for row, example in enumerate(self.stream):
             try:
-                picture = read_picture(
+                picture = read_image(
                     self._value(example),
                     self.num_channels,
                     name=self._name(row, example),
                     max_image_pixels=self.max_image_pixels,
                 )
-            except BrokenPictureError as error:
+            except BrokenImageError as error:
                 if not self.skip_broken:
                     raise
                 if self._epoch == 0:
@@ -215,14 +215,14 @@ class PictureStream:
                 continue
             yield picture
 
-    def take(self, num: int) -> PictureDataset:
+    def take(self, num: int) -> ImageDataset:
         """The first `num` pictures, as they are stored, and their labels, held in memory."""
         examples = list(self.stream.take(num))
         labels = {
             key: label_numbers([example[key] for example in examples], names)
             for key, names in self.label_names.items()
         }
-        return PictureDataset(
+        return ImageDataset(
             [self._value(example) for example in examples],
             self.num_channels,
             source=self.source,
@@ -245,7 +245,7 @@ def label_numbers(values: list, names: list[str]) -> np.ndarray:
     """The labels of a column that holds the numbers of classes, or lists of them; None where there is none.
 
     Returns:
-        `np.ndarray`: as a label of `PictureDataset`.
+        `np.ndarray`: as a label of `ImageDataset`.
     """
     if not any(isinstance(value, list | tuple | np.ndarray) for value in values):
         return np.array([-1 if value is None else value for value in values], dtype=np.int64)
@@ -259,7 +259,7 @@ def label_numbers(values: list, names: list[str]) -> np.ndarray:
 
 
 def stored_bytes(value) -> bytes:
-    """What is stored of a picture, of any kind that `read_picture` takes; nothing of one that is missing."""
+    """What is stored of a picture, of any kind that `read_image` takes; nothing of one that is missing."""
     if isinstance(value, dict):
         value = value["bytes"] if value.get("bytes") is not None else value["path"]
     if value is None:

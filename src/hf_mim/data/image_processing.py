@@ -12,13 +12,13 @@ from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from .pictures import read_picture
+from .images import read_image
 
 
 class MIMImageProcessorKwargs(ImagesKwargs, total=False):
     """
     num_channels (`int`):
-        Channels of the model's input; every picture is converted to it, or refused, as `read_picture` says.
+        Channels of the model's input; every picture is converted to it, or refused, as `read_image` says.
     """
 
     num_channels: int
@@ -27,7 +27,7 @@ class MIMImageProcessorKwargs(ImagesKwargs, total=False):
 class MIMImageProcessor(TorchvisionBackend):
     """Resizes, crops, and normalises pictures of any number of channels.
 
-    It takes what `read_picture` takes (arrays, tensors, PIL images, paths, bytes), one or a list, or an array or a
+    It takes what `read_image` takes (arrays, tensors, PIL images, paths, bytes), one or a list, or an array or a
     tensor of four dimensions as a batch, and follows its rule: integers become 0 to 1 (`do_rescale`), floats stay as
     they are.
     """
@@ -69,7 +69,7 @@ class MIMImageProcessor(TorchvisionBackend):
         pixel_values = []
         for number, image in enumerate(images):
             name = image if isinstance(image, str) else f"picture {number}"
-            picture = read_picture(image, num_channels, name=name).contiguous().to(device)
+            picture = read_image(image, num_channels, name=name).contiguous().to(device)
             if do_resize:
                 picture = self.resize(picture, size, resample)
             if do_center_crop:
@@ -108,7 +108,7 @@ def build_image_processor(
         image_size (`tuple[int, int]`): height and width.
         num_channels (`int`): channels of the model's input.
         mean, std: one number per channel, for values from 0 to 1.
-        floating_point (`bool`): whether `read_picture` gives floats of these pictures, as of 16 bits.
+        floating_point (`bool`): whether `read_image` gives floats of these pictures, as of 16 bits.
 
     Returns:
         `BitImageProcessor` or `ViTImageProcessor` for pictures of 8 bits and three channels; else `MIMImageProcessor`,
@@ -142,15 +142,15 @@ def evaluation_transform(processor, num_channels: int) -> Callable[..., torch.Te
 
     Args:
         processor: from `build_image_processor`, or any image processor of transformers.
-        num_channels (`int`): as in `read_picture`.
+        num_channels (`int`): as in `read_image`.
 
     Returns:
-        callable: takes what `read_picture` takes, a tensor of shape `(channels, height, width)` among it, and gives
+        callable: takes what `read_image` takes, a tensor of shape `(channels, height, width)` among it, and gives
         `pixel_values`: float32 of shape `(channels, height, width)` of the processor's size.
     """
 
     def transform(picture) -> torch.Tensor:
-        picture = read_picture(picture, num_channels).contiguous()
+        picture = read_image(picture, num_channels).contiguous()
         if picture.is_floating_point() and not isinstance(processor, MIMImageProcessor):
             # transformers' processors take every value for one of 0 to 255
             picture = picture / processor.rescale_factor

@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from .dataset import PictureDataset, stored_bytes
-from .pictures import BrokenPictureError, MissingPictureError, OversizedPictureError, pixel_limit, read_picture
+from .dataset import ImageDataset, stored_bytes
+from .images import BrokenImageError, MissingImageError, OversizedImageError, pixel_limit, read_image
 
 # What stops training, unless it is left out; the last stops it in any case.
 FAULTS = ("missing", "broken", "oversized", "unfit")
@@ -30,7 +30,7 @@ class Inspection:
         digests: of what is stored, uint64 of shape (N,).
     """
 
-    pictures: PictureDataset
+    pictures: ImageDataset
     faults: dict[str, list[str]]
     forms: Counter = field(default_factory=Counter)
     odd: dict[str, list[str]] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Inspection:
         return sum(map(len, self.faults.values()))
 
 
-def inspect_pictures(pictures: PictureDataset, *, num_workers: int = 0, max_named: int = 20) -> Inspection:
+def inspect_images(pictures: ImageDataset, *, num_workers: int = 0, max_named: int = 20) -> Inspection:
     """Reads all pictures once.
 
     Memory does not grow with the pictures' sizes, and with their number only by 16 bytes each.
@@ -96,7 +96,7 @@ def find_copies(found: list[Inspection]) -> list[tuple[str, str]]:
 class _Inspected(Dataset):
     """What one picture has to tell: fault, message, form, height, width, digest."""
 
-    def __init__(self, pictures: PictureDataset):
+    def __init__(self, pictures: ImageDataset):
         self.pictures = pictures
 
     def __len__(self) -> int:
@@ -110,24 +110,24 @@ class _Inspected(Dataset):
             try:
                 data = stored_bytes(stored)
             except FileNotFoundError as error:
-                raise MissingPictureError(f"{name}: there is no such file.") from error
+                raise MissingImageError(f"{name}: there is no such file.") from error
             except OSError as error:
-                raise BrokenPictureError(f"{name}: cannot be read: {error.strerror}") from error
+                raise BrokenImageError(f"{name}: cannot be read: {error.strerror}") from error
             if data:  # 0 is nobody's digest
                 digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
             form = _form(stored, data, name)
             is_file = isinstance(stored, str | dict) and data
-            picture = read_picture(
+            picture = read_image(
                 data if is_file else stored,
                 pictures.num_channels,
                 name=name,
                 max_image_pixels=pictures.max_image_pixels,
             )
-        except MissingPictureError as error:
+        except MissingImageError as error:
             return "missing", str(error), form, 0, 0, digest
-        except OversizedPictureError as error:
+        except OversizedImageError as error:
             return "oversized", str(error), form, 0, 0, digest
-        except BrokenPictureError as error:
+        except BrokenImageError as error:
             return "broken", str(error), form, 0, 0, digest
         except ValueError as error:
             return "unfit", str(error), form, 0, 0, digest

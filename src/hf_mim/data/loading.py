@@ -1,4 +1,4 @@
-"""From flags to pictures: `load_pictures`, and what has to be checked or computed before training."""
+"""From flags to pictures: `load_images`, and what has to be checked or computed before training."""
 
 import contextlib
 from dataclasses import dataclass, replace
@@ -8,20 +8,20 @@ import torch
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .arguments import AUTO, DataArguments
-from .dataset import PictureDataset, PictureStream
-from .pictures import BrokenPictureError
+from .dataset import ImageDataset, ImageStream
+from .images import BrokenImageError
 from .sources import open_splits
 
 
 @dataclass
-class PictureSplits:
+class ImageSplits:
     """Pictures to train on, and pictures held out to see how good the features are."""
 
-    train: PictureDataset | PictureStream
-    validation: PictureDataset
+    train: ImageDataset | ImageStream
+    validation: ImageDataset
 
 
-def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
+def load_images(args: DataArguments, *, seed: int = 0) -> ImageSplits:
     """Finds the pictures that the flags name.
 
     Args:
@@ -30,7 +30,7 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
             pictures are held out or left out: runs of several seeds see the same.
 
     Returns:
-        `PictureSplits`: `train` is a `PictureStream` with `--streaming`, else both are `PictureDataset`s.
+        `ImageSplits`: `train` is a `ImageStream` with `--streaming`, else both are `ImageDataset`s.
 
     Raises:
         ValueError: nothing there, or not what it should be; the message says what to do.
@@ -38,8 +38,8 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
     if args.num_channels is None:
         args = replace(args, num_channels=3)
     train, validation = open_splits(args, seed)
-    if isinstance(train, PictureStream):
-        return PictureSplits(train, validation)
+    if isinstance(train, ImageStream):
+        return ImageSplits(train, validation)
     for split in (train, validation):
         if split is not None:
             split.max_image_pixels = args.max_image_pixels
@@ -50,10 +50,10 @@ def load_pictures(args: DataArguments, *, seed: int = 0) -> PictureSplits:
     if validation is None:
         train, validation = _hold_out(train, args.validation_fraction)
     train = _subset(train, args.max_train_samples)
-    return PictureSplits(train, _subset(validation, args.max_eval_samples))
+    return ImageSplits(train, _subset(validation, args.max_eval_samples))
 
 
-def _hold_out(pictures: PictureDataset, fraction: float) -> tuple[PictureDataset, PictureDataset]:
+def _hold_out(pictures: ImageDataset, fraction: float) -> tuple[ImageDataset, ImageDataset]:
     if len(pictures) < 2:
         raise ValueError(f"{pictures.source} has 1 picture, and no split to hold out: expected at least 2.")
     order = _fixed_order(len(pictures))
@@ -61,7 +61,7 @@ def _hold_out(pictures: PictureDataset, fraction: float) -> tuple[PictureDataset
     return pictures.select(np.sort(order[num_held_out:])), pictures.select(np.sort(order[:num_held_out]))
 
 
-def _subset(pictures: PictureDataset, num: int | None) -> PictureDataset:
+def _subset(pictures: ImageDataset, num: int | None) -> ImageDataset:
     if num is None or num >= len(pictures):
         return pictures
     return pictures.select(np.sort(_fixed_order(len(pictures))[:num]))
@@ -77,7 +77,7 @@ def _fixed_order(length: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(0)).permutation(length)
 
 
-def check_pictures(pictures: PictureDataset | PictureStream, *, skip_broken: bool = False) -> torch.Tensor:
+def check_images(pictures: ImageDataset | ImageStream, *, skip_broken: bool = False) -> torch.Tensor:
     """Reads the first picture, so that a wrong number of channels or an unreadable file shows before training.
 
     Args:
@@ -89,38 +89,36 @@ def check_pictures(pictures: PictureDataset | PictureStream, *, skip_broken: boo
     Raises:
         ValueError: there is none, or it is not as it should be.
     """
-    if isinstance(pictures, PictureStream):
+    if isinstance(pictures, ImageStream):
         readable = iter(pictures)
     else:
         readable = _read(pictures, range(len(pictures)), skip_broken)
     first = next(readable, None)
     if first is None:
-        hint = (
-            " Of a stream the first are held out: --max_eval_samples." if isinstance(pictures, PictureStream) else ""
-        )
+        hint = " Of a stream the first are held out: --max_eval_samples." if isinstance(pictures, ImageStream) else ""
         raise ValueError(f"{pictures.source} holds no picture that can be read.{hint}")
     return first
 
 
-def without_broken(pictures: PictureDataset) -> PictureDataset:
+def without_broken(pictures: ImageDataset) -> ImageDataset:
     """The pictures that can be read: each is, once. For evaluation, where no other may stand in for a broken one."""
     readable = []
     for index in range(len(pictures)):
-        with contextlib.suppress(BrokenPictureError):
+        with contextlib.suppress(BrokenImageError):
             pictures[index]
             readable.append(index)
     return pictures.select(np.array(readable, dtype=np.int64))
 
 
 def compute_mean_std(
-    pictures: PictureDataset | PictureStream, num: int = 1000, *, skip_broken: bool = False
+    pictures: ImageDataset | ImageStream, num: int = 1000, *, skip_broken: bool = False
 ) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each channel over `num` pictures, each counting as much as any other.
 
     Values are 0 to 1 for integers and as they are for floats. A channel that never changes gets the standard
     deviation 1.
     """
-    if isinstance(pictures, PictureStream):
+    if isinstance(pictures, ImageStream):
         pictures = pictures.take(num)
     count, first, second = 0, 0.0, 0.0
     for picture in _read(pictures, np.sort(_fixed_order(len(pictures))[:num]), skip_broken):
@@ -136,18 +134,18 @@ def compute_mean_std(
     return mean.tolist(), std.tolist()
 
 
-def _read(pictures: PictureDataset, indices, skip_broken: bool):
+def _read(pictures: ImageDataset, indices, skip_broken: bool):
     for index in indices:
         try:
             yield pictures[index]
-        except BrokenPictureError:
+        except BrokenImageError:
             if not skip_broken:
                 raise
 
 
 def resolve_mean_std(
     args: DataArguments,
-    pictures: PictureDataset | PictureStream,
+    pictures: ImageDataset | ImageStream,
     trained: tuple[list[float] | None, list[float] | None] = (None, None),
 ) -> tuple[list[float], list[float]]:
     """

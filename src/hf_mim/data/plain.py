@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sized
 import numpy as np
 import torch
 
-from .dataset import PictureDataset, PictureStream
+from .dataset import ImageDataset, ImageStream
 from .sources import open_folder
 from .sources.datasets import from_datasets, from_stream
 
@@ -14,9 +14,9 @@ from .sources.datasets import from_datasets, from_stream
 _USUAL_KEYS = ("image", "img", "images", "picture")
 
 
-def open_images(data, num_channels: int, *, image_column: str | None = None) -> PictureDataset | PictureStream:
+def open_images(data, num_channels: int, *, image_column: str | None = None) -> ImageDataset | ImageStream:
     """
-    The images of what a user has, read by the rule of `read_picture`.
+    The images of what a user has, read by the rule of `read_image`.
 
     Args:
         data: A folder (of images, with or without sub-folders, or of idx files; of splits, that to train on); a list
@@ -29,7 +29,7 @@ def open_images(data, num_channels: int, *, image_column: str | None = None) -> 
     Raises:
         ValueError: If there are none, or it cannot be told what is the image; names what was found.
     """
-    if isinstance(data, PictureDataset | PictureStream):
+    if isinstance(data, ImageDataset | ImageStream):
         return data
     if isinstance(data, str | os.PathLike):
         return open_folder(data, num_channels)
@@ -47,13 +47,13 @@ def open_images(data, num_channels: int, *, image_column: str | None = None) -> 
     if type(data).__module__.split(".")[0] == "datasets" and data.format["type"] != "custom":
         return from_datasets({"train": data}, num_channels, source=source, image_column=image_column)["train"]
     if isinstance(data, np.ndarray):
-        return PictureDataset(data, num_channels, source=source)
-    return PictureDataset(_ImageOfEach(data, image_column), num_channels, source=source)
+        return ImageDataset(data, num_channels, source=source)
+    return ImageDataset(_ImageOfEach(data, image_column), num_channels, source=source)
 
 
 def holds_pixel_values(data) -> bool:
     """Whether the items are dicts with `pixel_values`: images that the user has transformed already."""
-    if isinstance(data, str | os.PathLike | np.ndarray | PictureDataset):
+    if isinstance(data, str | os.PathLike | np.ndarray | ImageDataset):
         return False
     if not isinstance(data, Sized) or not hasattr(data, "__getitem__") or not len(data):
         return False

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset, Sampler, default_collate, get_worker_info
 
-from .pictures import BrokenPictureError
+from .images import BrokenImageError
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class PretrainingDataset(Dataset):
         pictures: a sequence of pictures, `pictures[i]` being a tensor of shape `(channels, height, width)`.
         transform: `(picture, epoch, index) -> dict of tensors`, as `PretrainingTransform`.
         skip_broken (`bool`): put the next readable picture in the place of a broken one, and note it; see
-            `broken_indices`. False lets the `BrokenPictureError` through.
+            `broken_indices`. False lets the `BrokenImageError` through.
     """
 
     def __init__(self, pictures, transform, *, skip_broken: bool = False):
@@ -90,17 +90,17 @@ class PretrainingDataset(Dataset):
                 continue
             try:
                 return candidate, self.pictures[candidate]
-            except BrokenPictureError as error:
+            except BrokenImageError as error:
                 self._broken[candidate] = True
                 logger.warning("Skipped a broken picture: %s", error)
-        raise BrokenPictureError(f"None of the {len(self)} pictures can be read.")
+        raise BrokenImageError(f"None of the {len(self)} pictures can be read.")
 
 
 class StreamingPretrainingDataset(IterableDataset):
     """An endless stream of transformed pictures, for data that is read in order.
 
     Args:
-        pictures: as `PictureStream`: iterates over tensors of shape `(channels, height, width)`, shares itself out
+        pictures: as `ImageStream`: iterates over tensors of shape `(channels, height, width)`, shares itself out
             among the workers of a `DataLoader`, and has `set_epoch` and `shard(num_shards, index)`.
         transform: `(picture, epoch, index) -> dict of tensors`, as `PretrainingTransform`.
         rank, num_processes (`int`): which share of the pictures this process takes, out of how many.
@@ -121,7 +121,7 @@ class StreamingPretrainingDataset(IterableDataset):
 
     @property
     def num_broken(self) -> int:
-        """As `PictureStream.num_broken`."""
+        """As `ImageStream.num_broken`."""
         return self.pictures.num_broken
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:

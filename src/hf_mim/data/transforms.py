@@ -108,7 +108,7 @@ class PretrainingTransform:
     def __call__(self, picture: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
         """
         Args:
-            picture (`torch.Tensor` of shape `(channels, height, width)`): uint8 or float32, as `read_picture` gives.
+            picture (`torch.Tensor` of shape `(channels, height, width)`): uint8 or float32, as `read_image` gives.
             epoch, index (`int`): which sample of which epoch this is.
 
         Returns:

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
-from ..data.dataset import PictureDataset
+from ..data.dataset import ImageDataset
 from ..data.image_processing import evaluation_transform
-from ..data.loading import PictureSplits, without_broken
+from ..data.loading import ImageSplits, without_broken
 from .batches import transformed_pictures
 from .encoders import PIXELS, FeatureEncoder, RawPixels, blocks_read
 
@@ -30,8 +30,8 @@ _MAX_LABELLED, _MAX_TEST = 10000, 4000
 
 
 def labelled_splits(
-    pictures: PictureSplits, max_train: int = _MAX_LABELLED, max_test: int = _MAX_TEST, *, skip_broken: bool = True
-) -> tuple[PictureDataset, PictureDataset]:
+    pictures: ImageSplits, max_train: int = _MAX_LABELLED, max_test: int = _MAX_TEST, *, skip_broken: bool = True
+) -> tuple[ImageDataset, ImageDataset]:
     """
     Training and held-out pictures to judge features by: so many at most, the same at each call. With `skip_broken`
     each is read once, here, to leave out those that cannot be.
@@ -45,7 +45,7 @@ def labelled_splits(
 
 
 def shared_labels(
-    train: PictureDataset, test: PictureDataset, *, multi_label: bool = False
+    train: ImageDataset, test: ImageDataset, *, multi_label: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """
     The labels that both splits have, by name: `torch.LongTensor` of shape `(num_pictures,)`, -1 where there is none.
@@ -62,7 +62,7 @@ def shared_labels(
 
 def extract_features(
     encoders: Mapping[str, FeatureEncoder | RawPixels],
-    pictures: PictureDataset,
+    pictures: ImageDataset,
     processor,
     poolings: Sequence[str] = ("cls",),
     *,
@@ -78,7 +78,7 @@ def extract_features(
 
     Args:
         encoders: By name, on the device where they are to run.
-        pictures (`PictureDataset`): Every one has to be readable (`without_broken`).
+        pictures (`ImageDataset`): Every one has to be readable (`without_broken`).
         processor: The image processor; see `evaluation_transform`.
         poolings: As [`blocks_read`] explains; raw pixels have none.
         bf16 (`bool`, defaults to False): Run the encoders in bfloat16 autocast.

@@ -5,8 +5,8 @@ from statistics import fmean
 
 from accelerate import PartialState
 
-from ..data.dataset import PictureStream
-from ..data.loading import PictureSplits
+from ..data.dataset import ImageStream
+from ..data.loading import ImageSplits
 from .encoders import FeatureEncoder
 from .features import extract_features, labelled_splits, shared_labels
 from .knn import knn_accuracy
@@ -22,7 +22,7 @@ class OnlineEvaluation:
     that moment: no gradient reaches the encoder, and no classifier lags behind it, as one trained along would.
 
     Args:
-        pictures (`PictureSplits`): With labels.
+        pictures (`ImageSplits`): With labels.
         processor: The image processor: features are those of whole pictures, without augmentation.
         knn, linear (`bool`): Which of the two.
         pooling (`str`, defaults to `"cls"`): See [`blocks_read`].
@@ -34,7 +34,7 @@ class OnlineEvaluation:
 
     def __init__(
         self,
-        pictures: PictureSplits,
+        pictures: ImageSplits,
         processor,
         *,
         knn: bool,
@@ -44,7 +44,7 @@ class OnlineEvaluation:
         bf16: bool = False,
         skip_broken: bool = False,
     ):
-        if isinstance(pictures.train, PictureStream):
+        if isinstance(pictures.train, ImageStream):
             raise ValueError(
                 "--eval_knn and --online_probe look at the training pictures again, which a stream does not allow: "
                 "leave out --streaming, or these two."
@@ -94,7 +94,7 @@ class OnlineEvaluation:
         return metrics
 
 
-def check_labelled(pictures: PictureSplits, labels: dict, why: str) -> None:
+def check_labelled(pictures: ImageSplits, labels: dict, why: str) -> None:
     """Raises ValueError, which says what could be done, if `labels` (those of both splits) is empty."""
     if labels:
         return

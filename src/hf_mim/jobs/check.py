@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from ..data.arguments import DataArguments
-from ..data.inspection import Inspection, find_copies, inspect_pictures
-from ..data.loading import load_pictures
+from ..data.inspection import Inspection, find_copies, inspect_images
+from ..data.loading import load_images
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
 
@@ -68,9 +68,9 @@ def check(data_args: DataArguments, args: CheckArguments) -> int:
     """
     if data_args.streaming:
         raise ValueError("What is checked is gone through in no order: leave out --streaming.")
-    pictures = load_pictures(replace(data_args, max_train_samples=None, max_eval_samples=None))
+    pictures = load_images(replace(data_args, max_train_samples=None, max_eval_samples=None))
     found = {
-        name: inspect_pictures(split, num_workers=args.num_workers, max_named=args.max_listed)
+        name: inspect_images(split, num_workers=args.num_workers, max_named=args.max_listed)
         for name, split in (("Training", pictures.train), ("Held out", pictures.validation))
     }
     for name, inspection in found.items():

@@ -9,10 +9,10 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.arguments import DataArguments
-from ..data.dataset import PictureDataset
+from ..data.dataset import ImageDataset
 from ..data.finetuning import EvaluationTransform, FineTuningTransform, LabelledDataset, MixingCollator
 from ..data.image_processing import build_image_processor, evaluation_transform
-from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
+from ..data.loading import ImageSplits, check_images, load_images, resolve_mean_std, without_broken
 from ..data.sources.folder import check_folder, from_folder
 from ..evaluation.pictures import draw_loss_curves
 from ..evaluation.report import few_pictures
@@ -152,7 +152,7 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
     if args.label_column_name is not None and data_args.label_column_names is None:
         data_args.label_column_names = [args.label_column_name]
     with PartialState().main_process_first():
-        pictures = load_pictures(data_args, seed=args.seed)
+        pictures = load_images(data_args, seed=args.seed)
     label = choose_label(pictures, args.label_column_name)
     names = pictures.train.label_names[label]
     config.id2label = dict(enumerate(names))
@@ -166,8 +166,8 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
             say(f"Pictures may have several classes of {label!r}: mixup, cutmix and label smoothing are left out.")
             args.mixup = args.cutmix = args.label_smoothing_factor = 0.0
     checkpoint = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint, config)
-    first = check_pictures(pictures.train, skip_broken=data_args.skip_broken_images)
-    check_pictures(pictures.validation, skip_broken=data_args.skip_broken_images)
+    first = check_images(pictures.train, skip_broken=data_args.skip_broken_images)
+    check_images(pictures.validation, skip_broken=data_args.skip_broken_images)
     if args.auto_augment != "none" and (data_args.num_channels not in (1, 3) or first.is_floating_point()):
         say("RandAugment is left out: it knows pictures of 8 bits with 1 or 3 channels (--auto_augment none).")
         args.auto_augment = "none"
@@ -250,7 +250,7 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
     return 0
 
 
-def choose_label(pictures: PictureSplits, wanted: str | None) -> str:
+def choose_label(pictures: ImageSplits, wanted: str | None) -> str:
     """
     The label to learn: the one asked for, or the only one.
 
@@ -288,7 +288,7 @@ def choose_label(pictures: PictureSplits, wanted: str | None) -> str:
     return label
 
 
-def build_datasets(data_args, args, config, pictures: PictureSplits, label: str, processor, mean, std):
+def build_datasets(data_args, args, config, pictures: ImageSplits, label: str, processor, mean, std):
     """The augmented training data, and the held-out pictures as the image processor gives them."""
     augment = FineTuningTransform(
         as_pair(config.image_size),
@@ -323,13 +323,13 @@ def load_robustness_set(
     except ValueError as error:
         raise ValueError(f"--robustness_sets: {folder}: {error}") from error
     pictures.labels["label"] = np.array(classes)[pictures.labels["label"]]
-    check_pictures(pictures, skip_broken=args.skip_broken_images)
+    check_images(pictures, skip_broken=args.skip_broken_images)
     if args.skip_broken_images:
         pictures = without_broken(pictures)
     return _test_data(pictures, "label", processor), classes
 
 
-def _test_data(pictures: PictureDataset, label: str, processor) -> LabelledDataset:
+def _test_data(pictures: ImageDataset, label: str, processor) -> LabelledDataset:
     transform = EvaluationTransform(evaluation_transform(processor, pictures.num_channels))
     return LabelledDataset(pictures, pictures.labels[label], transform)
 

@@ -7,8 +7,8 @@ from transformers import AutoImageProcessor
 
 from ..data.arguments import DataArguments
 from ..data.image_processing import build_image_processor
-from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, without_broken
-from ..data.pictures import BrokenPictureError
+from ..data.images import BrokenImageError
+from ..data.loading import ImageSplits, check_images, load_images, resolve_mean_std, without_broken
 from ..evaluation.encoders import FeatureEncoder, load_encoder
 from ..models.vit.frozen import read_normalization
 from ..models.vit.sizes import as_pair
@@ -21,7 +21,7 @@ class Subject:
 
     name: str
     encoder: FeatureEncoder
-    pictures: PictureSplits
+    pictures: ImageSplits
     processor: object
     image_size: tuple[int, int]
     mean: list[float]
@@ -53,16 +53,16 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu")
     asked = args.image_height_width is not None or args.image_mean is not None
     args = replace(args, num_channels=config.num_channels, image_size=list(size))
     with PartialState().main_process_first():
-        pictures = load_pictures(args, seed=seed)
+        pictures = load_images(args, seed=seed)
     for split in (pictures.validation, pictures.train):
         try:
-            first = check_pictures(split, skip_broken=args.skip_broken_images)
-        except BrokenPictureError:
+            first = check_images(split, skip_broken=args.skip_broken_images)
+        except BrokenImageError:
             raise
         except ValueError as error:
             raise ValueError(f"{path} takes pictures of {config.num_channels} channels. {error}") from error
     if args.skip_broken_images:
-        pictures = PictureSplits(without_broken(pictures.train), without_broken(pictures.validation))
+        pictures = ImageSplits(without_broken(pictures.train), without_broken(pictures.validation))
     if saved is not None and args.image_mean is None:
         mean, std = list(saved.image_mean), list(saved.image_std)
     else:

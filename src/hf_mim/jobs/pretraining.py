@@ -8,9 +8,9 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from ..data.arguments import DataArguments
-from ..data.dataset import PictureStream
+from ..data.dataset import ImageStream
 from ..data.image_processing import build_image_processor
-from ..data.loading import PictureSplits, check_pictures, load_pictures, resolve_mean_std, spread_indices
+from ..data.loading import ImageSplits, check_images, load_images, resolve_mean_std, spread_indices
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.transforms import PretrainingTransform
 from ..evaluation.encoders import FeatureEncoder, RawPixels
@@ -78,9 +78,9 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
     data_args = data_args.for_model(config.num_channels, as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
     with PartialState().main_process_first():
-        pictures = load_pictures(data_args, seed=training_args.seed)
-    first_picture = check_pictures(pictures.train, skip_broken=data_args.skip_broken_images)
-    check_pictures(pictures.validation, skip_broken=data_args.skip_broken_images)
+        pictures = load_images(data_args, seed=training_args.seed)
+    first_picture = check_images(pictures.train, skip_broken=data_args.skip_broken_images)
+    check_images(pictures.validation, skip_broken=data_args.skip_broken_images)
     mean, std = resolve_mean_std(data_args, pictures.train, trained_normalization(model_args))
     if hasattr(config, "image_mean"):
         # The network that the method learns from may want other pixels.
@@ -191,7 +191,7 @@ def save_stage(trainer: MIMTrainer) -> None:
 
 
 def build_feature_evaluation(
-    args: MIMTrainingArguments, pictures: PictureSplits, processor, *, skip_broken: bool = False
+    args: MIMTrainingArguments, pictures: ImageSplits, processor, *, skip_broken: bool = False
 ) -> OnlineEvaluation | None:
     """
     What `--eval_knn` and `--online_probe` ask for; None for neither.
@@ -225,7 +225,7 @@ def build_feature_evaluation(
     return evaluation
 
 
-def build_datasets(data_args, training_args, config, pictures: PictureSplits, processor, mean, std):
+def build_datasets(data_args, training_args, config, pictures: ImageSplits, processor, mean, std):
     """The training data with random crops, and the held-out pictures as the image processor gives them."""
     seed = training_args.seed if training_args.data_seed is None else training_args.data_seed
     augment = PretrainingTransform(
@@ -262,7 +262,7 @@ def adapter_shares(trainer, shown: dict[str, torch.Tensor]) -> list[float] | Non
 def write_results(
     trainer,
     data_args,
-    pictures: PictureSplits,
+    pictures: ImageSplits,
     results: dict | None,
     reconstructions: Path | None,
     shares: list[float] | None,
@@ -291,14 +291,14 @@ def write_results(
         say("Pictures: " + ", ".join(str(path) for path in drawn))
 
 
-def evaluate(folders: dict[str, str], config, pictures: PictureSplits, processor, args) -> dict | None:
+def evaluate(folders: dict[str, str], config, pictures: ImageSplits, processor, args) -> dict | None:
     """
     What raw pixels, the untrained network (`args.references`) and the saved ones (folders by name) are worth, for
     every label.
 
     None where the training data is a stream, which cannot be gone through again. Each process takes its share.
     """
-    if isinstance(pictures.train, PictureStream):
+    if isinstance(pictures.train, ImageStream):
         return None
     networks = {}
     if args.references:
@@ -330,7 +330,7 @@ def format_results(results: dict) -> str:
     return f"{describe_results(results)}\n{text_table(results_table(results))}"
 
 
-def describe_stage(trainer: MIMTrainer, pictures: PictureSplits) -> str:
+def describe_stage(trainer: MIMTrainer, pictures: ImageSplits) -> str:
     """What is trained, on what, and how."""
     args, model = trainer.args, trainer.model
     stage = "" if trainer.stage is None else f"Stage {trainer.stage} (the last is {args.num_stages - 1}). "
@@ -348,13 +348,13 @@ def count_parameters(model) -> str:
     return f"{encoder / 1e6:.1f} M parameters in the encoder, {trained / 1e6:.1f} M trained"
 
 
-def describe_data(pictures: PictureSplits) -> str:
-    if isinstance(pictures.train, PictureStream):
+def describe_data(pictures: ImageSplits) -> str:
+    if isinstance(pictures.train, ImageStream):
         return f"a stream of training pictures, {len(pictures.validation)} held out"
     return f"{len(pictures.train)} training and {len(pictures.validation)} held-out pictures"
 
 
-def describe_training(trainer, data_args, pictures: PictureSplits, stages) -> dict[str, str]:
+def describe_training(trainer, data_args, pictures: ImageSplits, stages) -> dict[str, str]:
     """The settings that the model card tells."""
     several = {"stages": f"{len(stages)}; what follows is of the last"} if len(stages) > 1 else {}
     run = trainer.run_record["decides"]

@@ -6,9 +6,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from ..data.dataset import PictureStream
+from ..data.dataset import ImageStream
 from ..data.image_processing import build_image_processor, evaluation_transform
-from ..data.loading import check_pictures, compute_mean_std
+from ..data.loading import check_images, compute_mean_std
 from ..data.plain import holds_pixel_values, open_images
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.transforms import PretrainingTransform, sample_generator
@@ -87,7 +87,7 @@ def prepare_images(data, config, args, processor, *, train: bool, image_column: 
     if holds_pixel_values(data):
         return TransformedDataset(data, config.num_patches, seed, train), processor
     images = open_images(data, config.num_channels, image_column=image_column)
-    first = check_pictures(images)
+    first = check_images(images)
     if processor is None:
         mean, std = _mean_std(config, images)
         processor = build_image_processor(
@@ -98,7 +98,7 @@ def prepare_images(data, config, args, processor, *, train: bool, image_column: 
         return PretrainingDataset(images, held_out), processor
     mean, std = list(processor.image_mean), list(processor.image_std)
     augment = PretrainingTransform(as_pair(config.image_size), config.num_patches, mean, std, seed=seed)
-    if isinstance(images, PictureStream):
+    if isinstance(images, ImageStream):
         rank, processes = args.process_index, args.world_size
         return StreamingPretrainingDataset(images, augment, rank=rank, num_processes=processes), processor
     return PretrainingDataset(images, augment), processor
@@ -113,7 +113,7 @@ def prepare_evaluation(data, config, args, processor, image_column: str | None =
         return prepared, processor
     if not is_prepared(data) and not holds_pixel_values(data):
         data = open_images(data, config.num_channels, image_column=image_column)
-        if isinstance(data, PictureStream):
+        if isinstance(data, ImageStream):
             data = data.take(_STREAMED_EVALUATION)
     return prepare_images(data, config, args, processor, train=False)
 

@@ -13,7 +13,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_ba
 from transformers import Trainer
 from transformers.utils import logging
 
-from ..data.pictures import BrokenPictureError
+from ..data.images import BrokenImageError
 from ..missing import say_missing
 from .losses import NonFiniteLossError
 
@@ -67,7 +67,7 @@ def plain_message(error: Exception) -> str | None:
             "from the last checkpoint."
         )
     before_training = Trainer.train.__code__ not in frames
-    if isinstance(error, BrokenPictureError):
+    if isinstance(error, BrokenImageError):
         return (
             f"{text} Remove it, or pass --skip_broken_images to leave such pictures out. `hf_mim check` with the same "
             "flags lists all of them."

@@ -5,11 +5,11 @@ the source has none); both are of the kinds in `dataset`.
 """
 
 from ..arguments import TORCHVISION_PREFIX, DataArguments
-from ..dataset import PictureDataset, PictureStream
+from ..dataset import ImageDataset, ImageStream
 from . import clevr, datasets, folder, idx, scenes, torchvision
 
 
-def open_splits(args: DataArguments, seed: int) -> tuple[PictureDataset | PictureStream, PictureDataset | None]:
+def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The pictures that the flags name; `args.num_channels` is set.
 
     Args:
@@ -27,7 +27,7 @@ def open_splits(args: DataArguments, seed: int) -> tuple[PictureDataset | Pictur
     return datasets.open_splits(args, seed)
 
 
-def open_folder(root: str, num_channels: int) -> PictureDataset:
+def open_folder(root: str, num_channels: int) -> ImageDataset:
     """The pictures of a folder; where it holds splits, those to train on."""
     root = folder.check_folder(root)
     return _of_folder(root).open_splits(DataArguments(train_dir=root, num_channels=num_channels))[0]

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from ..arguments import DataArguments
-from ..dataset import PictureDataset
+from ..dataset import ImageDataset
 from ..scenes import DISTANCE_EDGES, MAX_OBJECTS, MIN_OBJECTS, SCENE_LABELS
-from .folder import FilePictures, check_folder
+from .folder import FileImages, check_folder
 
 CLEVR_TASKS = ("count", "distance")
 
@@ -61,7 +61,7 @@ def is_clevr(folder: str | os.PathLike) -> bool:
     return _annotations(folder, "train").is_file()
 
 
-def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset]:
+def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation pictures of the unpacked archive (CLEVR_v1.0), with the labels count and distance.
 
     Raises:
@@ -74,7 +74,7 @@ def _annotations(root, split: str) -> Path:
     return Path(root) / "scenes" / f"CLEVR_{split}_scenes.json"
 
 
-def _split(root: str, split: str, num_channels: int) -> PictureDataset:
+def _split(root: str, split: str, num_channels: int) -> ImageDataset:
     path = _annotations(root, split)
     try:
         scenes = json.loads(path.read_text())["scenes"]
@@ -82,8 +82,8 @@ def _split(root: str, split: str, num_channels: int) -> PictureDataset:
         tasks = [clevr_tasks([entry["pixel_coords"] for entry in scene["objects"]]) for scene in scenes]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} cannot be read as CLEVR's annotations: {error!r}") from error
-    return PictureDataset(
-        FilePictures(os.fspath(root), names),
+    return ImageDataset(
+        FileImages(os.fspath(root), names),
         num_channels,
         source=os.path.join(root, "images", split),
         labels={name: [task[name] for task in tasks] for name in CLEVR_TASKS},

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..arguments import DataArguments
-from ..dataset import PictureDataset, PictureStream, label_numbers
+from ..dataset import ImageDataset, ImageStream, label_numbers
 from ..splits import choose_splits
 from .clevr import with_clevr_tasks
 from .folder import refuse_archive
@@ -17,7 +17,7 @@ from .folder import refuse_archive
 _STREAMED_VALIDATION = 2000
 
 
-def open_splits(args: DataArguments, seed: int) -> tuple[PictureDataset | PictureStream, PictureDataset | None]:
+def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
     """The pictures of `--dataset_name`, of two of its splits; with `--streaming` the first is a stream.
 
     Args:
@@ -130,7 +130,7 @@ def from_datasets(
     source: str,
     image_column: str | None = None,
     label_columns: list[str] | None = None,
-) -> dict[str, PictureDataset]:
+) -> dict[str, ImageDataset]:
     """Splits of a `datasets.DatasetDict` as pictures, by name.
 
     Labels are the columns of type `ClassLabel` and of lists of them, or `label_columns`. The classes of a column of
@@ -149,7 +149,7 @@ def from_datasets(
         for name, column in numbers.items():
             labels[name][key] = column
     return {
-        name: PictureDataset(
+        name: ImageDataset(
             _Column(_undecoded(split, columns[name]), columns[name]),
             num_channels,
             source=f"{source} ({name})",
@@ -169,7 +169,7 @@ def from_stream(
     label_columns: list[str] | None = None,
     skip_broken: bool = False,
     max_image_pixels: int | None = None,
-) -> PictureStream:
+) -> ImageStream:
     """A `datasets.IterableDataset` as pictures. Its labels are columns of type `ClassLabel`, or of lists of them: of
     others, the classes would be known only at the stream's end."""
     features = split.features
@@ -182,7 +182,7 @@ def from_stream(
         if not hasattr(feature, "names"):
             raise ValueError(f"--label_column_names {key}: with --streaming it must be a ClassLabel ({source}).")
         label_names[key] = feature.names
-    return PictureStream(
+    return ImageStream(
         _undecoded(split, column),
         column,
         num_channels,
@@ -198,7 +198,7 @@ def _undecoded(split, column: str):
     import datasets
 
     if split.features is not None and isinstance(split.features[column], datasets.Image):
-        return split.cast_column(column, datasets.Image(decode=False))  # read_picture decodes
+        return split.cast_column(column, datasets.Image(decode=False))  # read_image decodes
     return split
 
 

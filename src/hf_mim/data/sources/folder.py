@@ -8,8 +8,8 @@ import numpy as np
 from transformers.utils import logging
 
 from ..arguments import DataArguments
-from ..dataset import PictureDataset
-from ..pictures import PICTURE_EXTENSIONS
+from ..dataset import ImageDataset
+from ..images import IMAGE_EXTENSIONS
 from ..splits import HELD_OUT, TRAINING, choose_splits, find_split, folder_splits, sibling_split
 
 logger = logging.get_logger(__name__)
@@ -17,7 +17,7 @@ logger = logging.get_logger(__name__)
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 
-def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset | None]:
+def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset | None]:
     """The pictures of `--train_dir`, and of `--validation_dir` or the split beside them.
 
     Raises:
@@ -42,7 +42,7 @@ def _choose_folders(root: str, args: DataArguments) -> tuple[str, str | None]:
     return splits[train], None if held_out is None else splits[held_out]
 
 
-class FilePictures:
+class FileImages:
     """Paths below a root, in one array: a million Python strings would be copied into every worker, page by page."""
 
     def __init__(self, root: str, paths: list[str]):
@@ -66,19 +66,19 @@ class FilePictures:
         return digest.hexdigest()
 
 
-def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
+def from_folder(roots: list[str], num_channels: int) -> list[ImageDataset]:
     """Folders of pictures with the same classes (training and validation), as data sets.
 
     If every picture lies in a sub-folder, and there are at least two of these, they are the classes of `label`.
     """
-    found = [find_pictures(root) for root in roots]
+    found = [find_images(root) for root in roots]
     tops = [[path.partition(os.sep)[0] for path in paths] for paths in found]
     classes = sorted({top for names in tops for top in names})
     labelled = len(classes) > 1 and all(os.sep in path for paths in found for path in paths)
     numbers = {name: number for number, name in enumerate(classes)}
     return [
-        PictureDataset(
-            FilePictures(os.path.expanduser(root), paths),
+        ImageDataset(
+            FileImages(os.path.expanduser(root), paths),
             num_channels,
             source=os.fspath(root),
             labels={"label": [numbers[top] for top in names]} if labelled else None,
@@ -88,7 +88,7 @@ def from_folder(roots: list[str], num_channels: int) -> list[PictureDataset]:
     ]
 
 
-def find_pictures(root: str | os.PathLike) -> list[str]:
+def find_images(root: str | os.PathLike) -> list[str]:
     """Paths of the pictures below a folder, relative to it, sorted; hidden files and folders are left out.
 
     Files with other endings are counted, and the log says how many there are of each.
@@ -99,17 +99,17 @@ def find_pictures(root: str | os.PathLike) -> list[str]:
     root = check_folder(root)
     paths, others = [], Counter()
     # A link back up would never end.
-    _list_pictures(root, "", set(), paths, others)
+    _list_images(root, "", set(), paths, others)
     left_out = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
     if not paths:
         there = f" It holds files that end in {left_out}." if left_out else ""
-        raise ValueError(f"{root} holds no picture.{there} Files that are read: {', '.join(PICTURE_EXTENSIONS)}.")
+        raise ValueError(f"{root} holds no picture.{there} Files that are read: {', '.join(IMAGE_EXTENSIONS)}.")
     if left_out:
         logger.warning(f"{root}: files left out for their endings: {left_out}.")
     return paths
 
 
-def _list_pictures(root: str, below: str, visited: set, paths: list[str], others: Counter) -> None:
+def _list_images(root: str, below: str, visited: set, paths: list[str], others: Counter) -> None:
     folder = os.path.join(root, below)
     try:
         status = os.stat(folder)
@@ -123,8 +123,8 @@ def _list_pictures(root: str, below: str, visited: set, paths: list[str], others
     for name, is_folder in entries:
         path = os.path.join(below, name) if below else name
         if is_folder:
-            _list_pictures(root, path, visited, paths, others)
-        elif name.lower().endswith(PICTURE_EXTENSIONS):
+            _list_images(root, path, visited, paths, others)
+        elif name.lower().endswith(IMAGE_EXTENSIONS):
             paths.append(path)
         else:
             others[os.path.splitext(name)[1].lower() or "no ending"] += 1

@@ -8,7 +8,7 @@ import struct
 import numpy as np
 
 from ..arguments import DataArguments
-from ..dataset import PictureDataset
+from ..dataset import ImageDataset
 from ..splits import HELD_OUT, TRAINING, choose_splits, find_split
 from .folder import check_folder
 
@@ -17,7 +17,7 @@ _IDX_NAME = re.compile(r"ubyte(\.gz)?$")
 UNNAMED = "all"
 
 
-def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset | None]:
+def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset | None]:
     """The idx files of `--train_dir`, and of `--validation_dir` or the held-out ones beside them.
 
     Raises:
@@ -30,7 +30,7 @@ def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset | N
     return train, held_out
 
 
-def _choose_idx(root: str, args: DataArguments) -> tuple[PictureDataset, PictureDataset | None]:
+def _choose_idx(root: str, args: DataArguments) -> tuple[ImageDataset, ImageDataset | None]:
     found = from_idx(root, args.num_channels)
     if list(found) == [UNNAMED]:
         return found[UNNAMED], None
@@ -42,7 +42,7 @@ def has_idx_files(folder: str | os.PathLike) -> bool:
     return any(_IDX_NAME.search(name) for name in os.listdir(folder))
 
 
-def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
+def from_idx(folder: str, num_channels: int) -> dict[str, ImageDataset]:
     """The idx files of a folder by split, as their names have it: "train", "validation", "test" (t10k), or `UNNAMED`.
 
     The labels of `train-images-idx3-ubyte` are in `train-labels-idx1-ubyte`, and so on.
@@ -54,7 +54,7 @@ def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
     for name in names:
         stems.setdefault(name.removesuffix(".gz"), os.path.join(folder, name))
 
-    splits: dict[str, PictureDataset] = {}
+    splits: dict[str, ImageDataset] = {}
     for stem, path in sorted(stems.items()):
         if "images" not in stem:
             continue
@@ -68,7 +68,7 @@ def from_idx(folder: str, num_channels: int) -> dict[str, PictureDataset]:
         labels = read_idx(labels_path) if labels_path else None
         if labels is not None and len(labels) != len(pictures):
             raise ValueError(f"{labels_path} holds {len(labels)} labels for the {len(pictures)} pictures of {path}.")
-        splits[split] = PictureDataset(
+        splits[split] = ImageDataset(
             pictures,
             num_channels,
             source=path,

@@ -5,7 +5,7 @@ import os
 import numpy as np
 
 from ..arguments import DataArguments
-from ..dataset import PictureDataset
+from ..dataset import ImageDataset
 from .datasets import from_datasets
 
 _NUMBERS = {"train": 12000, "validation": 2000}
@@ -13,7 +13,7 @@ _SIZE = 64
 _MAX_BYTES = 1 << 30
 
 
-def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset]:
+def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset]:
     """Training and validation scenes: as many as the flags say, of `--image_size`."""
     from ..scenes import scenes
 
@@ -35,7 +35,7 @@ def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset]:
     return tuple(_decode_once(pictures[split]) for split in numbers)
 
 
-def _decode_once(pictures: PictureDataset) -> PictureDataset:
+def _decode_once(pictures: ImageDataset) -> ImageDataset:
     """The same pictures, all of one size, decoded in memory, if they fit: reading them is then ten times as fast."""
     first = pictures[0]
     shape = (len(pictures), *first.shape[1:], first.shape[0])
@@ -44,7 +44,7 @@ def _decode_once(pictures: PictureDataset) -> PictureDataset:
     decoded = np.empty(shape, dtype=np.uint8)
     for index in range(len(pictures)):
         decoded[index] = pictures[index].permute(1, 2, 0).numpy()
-    return PictureDataset(
+    return ImageDataset(
         decoded,
         pictures.num_channels,
         source=pictures.source,

@@ -5,13 +5,13 @@ import inspect
 import numpy as np
 
 from ..arguments import TORCHVISION_PREFIX, DataArguments
-from ..dataset import PictureDataset
-from ..pictures import BrokenPictureError
+from ..dataset import ImageDataset
+from ..images import BrokenImageError
 from ..splits import HELD_OUT, is_split
 from .folder import check_folder
 
 
-def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset | None]:
+def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset | None]:
     """A torchvision data set that is on disk, `torchvision:CIFAR10` with its root: training and validation pictures.
 
     Raises:
@@ -60,7 +60,7 @@ def open_splits(args: DataArguments) -> tuple[PictureDataset, PictureDataset | N
     return pictures, None
 
 
-def _torchvision_split(dataset_class, name: str, root: str, which: dict, num_channels: int) -> PictureDataset:
+def _torchvision_split(dataset_class, name: str, root: str, which: dict, num_channels: int) -> ImageDataset:
     try:
         dataset = dataset_class(root, **which)
     except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
@@ -82,7 +82,7 @@ def _torchvision_split(dataset_class, name: str, root: str, which: dict, num_cha
     if column is not None and (names is None or len(names) <= column.max(initial=-1)):
         names = [str(number) for number in range(column.max(initial=-1) + 1)]
     where = f"{name} {' '.join(str(value) for value in which.values())}".strip()
-    return PictureDataset(
+    return ImageDataset(
         _FirstOfEach(dataset),
         num_channels,
         source=where,
@@ -107,9 +107,9 @@ class _FirstOfEach:
         try:
             item = self.dataset[index]
         except (OSError, SyntaxError) as error:  # what PIL raises of a damaged file
-            raise BrokenPictureError(f"{name}: {error}") from error
+            raise BrokenImageError(f"{name}: {error}") from error
         except Image.DecompressionBombError as error:
-            raise BrokenPictureError(
+            raise BrokenImageError(
                 f"{name}: {error} torchvision's data sets do not take --max_image_pixels: use --train_dir."
             ) from error
         return item[0] if isinstance(item, tuple) else item

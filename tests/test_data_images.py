@@ -1,4 +1,4 @@
-"""Reading one picture: every row of the conversion table in `hf_mim.data.pictures`, from real files."""
+"""Reading one picture: every row of the conversion table in `hf_mim.data.images`, from real files."""
 
 import io
 import pickle
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
-from hf_mim.data.pictures import BrokenPictureError, read_picture
+from hf_mim.data.images import BrokenImageError, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # PIL, before it gives up on a broken TIFF
 
@@ -32,14 +32,14 @@ def luma(array):
 def test_rgb_is_kept_and_turned_into_channels_first(tmp_path):
     array = rgb()
     Image.fromarray(array).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png")
+    picture = read_image(tmp_path / "a.png")
     assert picture.dtype == torch.uint8
     assert np.array_equal(picture.numpy(), array.transpose(2, 0, 1))
 
 
 def test_rgb_to_one_channel_is_luma():
     array = rgb()
-    picture = read_picture(Image.fromarray(array), 1)
+    picture = read_image(Image.fromarray(array), 1)
     assert picture.shape == (1, 5, 7)
     assert np.abs(picture[0].numpy() - luma(array)).max() <= 1
 
@@ -47,19 +47,19 @@ def test_rgb_to_one_channel_is_luma():
 def test_grey_is_repeated(tmp_path):
     array = rgb()[..., 0]
     Image.fromarray(array).save(tmp_path / "a.png")
-    assert np.array_equal(read_picture(tmp_path / "a.png").numpy(), np.stack([array] * 3))
-    assert np.array_equal(read_picture(tmp_path / "a.png", 1).numpy(), array[None])
+    assert np.array_equal(read_image(tmp_path / "a.png").numpy(), np.stack([array] * 3))
+    assert np.array_equal(read_image(tmp_path / "a.png", 1).numpy(), array[None])
 
 
 def test_one_bit_becomes_black_and_white(tmp_path):
     Image.fromarray(np.array([[0, 255], [255, 0]], dtype=np.uint8)).convert("1").save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", 1).tolist() == [[[0, 255], [255, 0]]]
+    assert read_image(tmp_path / "a.png", 1).tolist() == [[[0, 255], [255, 0]]]
 
 
 def test_alpha_is_laid_over_white(tmp_path):
     pixels = np.array([[[200, 100, 0, 255], [200, 100, 0, 0], [200, 100, 0, 51]]], dtype=np.uint8)
     Image.fromarray(pixels, "RGBA").save(tmp_path / "a.png")
-    found = read_picture(tmp_path / "a.png").numpy()[:, 0].T
+    found = read_image(tmp_path / "a.png").numpy()[:, 0].T
     # 51 / 255 is a fifth: 0.2 * 200 + 0.8 * 255 = 244, 0.2 * 100 + 0.8 * 255 = 224, 0.8 * 255 = 204
     assert found.tolist() == [[200, 100, 0], [255, 255, 255], [244, 224, 204]]
 
@@ -67,9 +67,9 @@ def test_alpha_is_laid_over_white(tmp_path):
 def test_grey_with_alpha(tmp_path):
     pixels = np.array([[[100, 255], [100, 0], [100, 51]]], dtype=np.uint8)
     Image.fromarray(pixels, "LA").save(tmp_path / "a.png")
-    assert read_picture(tmp_path / "a.png", 1).tolist() == [[[100, 255, 224]]]
-    assert read_picture(tmp_path / "a.png", 3).tolist() == [[[100, 255, 224]]] * 3
-    assert read_picture(tmp_path / "a.png", 2).tolist() == [[[100, 100, 100]], [[255, 0, 51]]]
+    assert read_image(tmp_path / "a.png", 1).tolist() == [[[100, 255, 224]]]
+    assert read_image(tmp_path / "a.png", 3).tolist() == [[[100, 255, 224]]] * 3
+    assert read_image(tmp_path / "a.png", 2).tolist() == [[[100, 100, 100]], [[255, 0, 51]]]
 
 
 def test_palette_with_and_without_transparency(tmp_path):
@@ -79,45 +79,45 @@ def test_palette_with_and_without_transparency(tmp_path):
     picture.save(tmp_path / "plain.png")
     picture.save(tmp_path / "clear.png", transparency=1)
     picture.save(tmp_path / "clear.gif", transparency=1)
-    assert read_picture(tmp_path / "plain.png")[:, 0].T.tolist() == [[10, 20, 30], [40, 50, 60]]
+    assert read_image(tmp_path / "plain.png")[:, 0].T.tolist() == [[10, 20, 30], [40, 50, 60]]
     for name in ("clear.png", "clear.gif"):
-        assert read_picture(tmp_path / name)[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
+        assert read_image(tmp_path / name)[:, 0].T.tolist() == [[10, 20, 30], [255, 255, 255]]
 
 
 def test_rgb_with_a_transparent_colour(tmp_path):
     Image.fromarray(np.array([[[1, 2, 3], [4, 5, 6]]], dtype=np.uint8)).save(
         tmp_path / "a.png", transparency=(4, 5, 6)
     )
-    assert read_picture(tmp_path / "a.png")[:, 0].T.tolist() == [[1, 2, 3], [255, 255, 255]]
+    assert read_image(tmp_path / "a.png")[:, 0].T.tolist() == [[1, 2, 3], [255, 255, 255]]
 
 
 def test_cmyk_jpeg(tmp_path):
     Image.new("CMYK", (16, 16), (0, 255, 255, 0)).save(tmp_path / "a.jpg", quality=100)
-    picture = read_picture(tmp_path / "a.jpg")
+    picture = read_image(tmp_path / "a.jpg")
     assert picture.shape == (3, 16, 16)
     assert torch.allclose(picture[:, 8, 8].float(), torch.tensor([255.0, 0.0, 0.0]), atol=3)
-    assert read_picture(tmp_path / "a.jpg", 4).shape == (4, 16, 16)
+    assert read_image(tmp_path / "a.jpg", 4).shape == (4, 16, 16)
 
 
 def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
     array = np.array([[0, 257, 4096, 65535]], dtype=np.uint16)
     Image.fromarray(array).save(tmp_path / "a.png")
     for value in (tmp_path / "a.png", Image.fromarray(array.astype(np.int32), "I")):
-        picture = read_picture(value, 1)
+        picture = read_image(value, 1)
         assert picture.dtype == torch.float32
         assert torch.allclose(picture, torch.tensor([[[0, 1 / 255, 4096 / 65535, 1]]]))
-        assert torch.equal(read_picture(value, 3), picture.expand(3, -1, -1))
+        assert torch.equal(read_image(value, 3), picture.expand(3, -1, -1))
 
 
 def test_32_bit_integers_beyond_16_are_refused():
     with pytest.raises(ValueError, match="from 0 to 70000, expected 0 to 65535"):
-        read_picture(Image.fromarray(np.array([[0, 70000]], dtype=np.int32), "I"))
+        read_image(Image.fromarray(np.array([[0, 70000]], dtype=np.int32), "I"))
 
 
 def test_float_picture_keeps_its_values(tmp_path):
     array = np.array([[-2.5, 0.0, 1e4]], dtype=np.float32)
     Image.fromarray(array, "F").save(tmp_path / "a.tif")
-    assert torch.equal(read_picture(tmp_path / "a.tif", 1), torch.from_numpy(array[None]))
+    assert torch.equal(read_image(tmp_path / "a.tif", 1), torch.from_numpy(array[None]))
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "tif"])
@@ -127,7 +127,7 @@ def test_exif_orientation_is_applied(tmp_path, suffix):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     Image.fromarray(array).save(tmp_path / f"a.{suffix}", exif=exif)
-    picture = read_picture(tmp_path / f"a.{suffix}")
+    picture = read_image(tmp_path / f"a.{suffix}")
     assert picture.shape == (3, 32, 16)
     assert picture[:, :15].float().mean() > 250 and picture[:, 17:].float().mean() < 5  # white on top
 
@@ -137,7 +137,7 @@ def test_every_way_to_give_a_picture_gives_the_same(tmp_path):
     path = tmp_path / "a.png"
     image.save(path)
     data = path.read_bytes()
-    expected = read_picture(image)
+    expected = read_image(image)
     values = [
         path,
         str(path),
@@ -147,7 +147,7 @@ def test_every_way_to_give_a_picture_gives_the_same(tmp_path):
         f"file://{path}",
     ]
     for value in [*values, rgb(), torch.from_numpy(rgb())]:
-        assert torch.equal(read_picture(value), expected)
+        assert torch.equal(read_image(value), expected)
 
 
 # --- arrays, .npy and TIFF
@@ -163,20 +163,20 @@ def test_five_bands(tmp_path, shape, suffix):
         np.save(path, array)
     else:
         tifffile.imwrite(path, array, photometric="minisblack", planarconfig="separate" if shape[0] == 5 else "contig")
-    picture = read_picture(path, 5)
+    picture = read_image(path, 5)
     expected = array if shape[0] == 5 else array.transpose(2, 0, 1)
     assert picture.shape == (5, 8, 9)
     assert np.allclose(picture.numpy(), expected / 65535)
     with pytest.raises(ValueError, match=r"a\.(npy|tif): has .*5.* expected 3. Pass --num_channels 5") as caught:
-        read_picture(path, 3)
-    assert not isinstance(caught.value, BrokenPictureError)  # not to be skipped
+        read_image(path, 3)
+    assert not isinstance(caught.value, BrokenImageError)  # not to be skipped
 
 
 def test_float_colour_tiff_that_pil_refuses(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     array = np.random.default_rng(0).normal(size=(6, 7, 3)).astype(np.float32)
     tifffile.imwrite(tmp_path / "a.tif", array, photometric="rgb")
-    assert np.array_equal(read_picture(tmp_path / "a.tif").numpy(), array.transpose(2, 0, 1))
+    assert np.array_equal(read_image(tmp_path / "a.tif").numpy(), array.transpose(2, 0, 1))
 
 
 def test_multiband_tiff_without_tifffile_says_what_to_install(tmp_path, monkeypatch):
@@ -184,7 +184,7 @@ def test_multiband_tiff_without_tifffile_says_what_to_install(tmp_path, monkeypa
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((5, 8, 8), dtype=np.uint8), photometric="minisblack")
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(ImportError, match=r"pip install tifffile imagecodecs"):
-        read_picture(tmp_path / "a.tif", 5)
+        read_image(tmp_path / "a.tif", 5)
 
 
 @given(
@@ -200,34 +200,34 @@ def test_the_channel_axis_is_the_one_that_fits(array, num_channels):
             fitting = [axis for axis in axes if array.shape[axis] == 1]
         if not fitting:
             with pytest.raises(ValueError, match="--num_channels"):
-                read_picture(value, num_channels)
+                read_image(value, num_channels)
             continue
         expected = np.moveaxis(array, fitting[0], 0)
-        found = read_picture(value, num_channels).numpy()
+        found = read_image(value, num_channels).numpy()
         assert found.shape[0] == num_channels
         assert np.array_equal(found, np.broadcast_to(expected, found.shape))
 
 
 def test_types_of_arrays():
-    assert read_picture(np.array([[True, False]]), 1).tolist() == [[[255, 0]]]
-    assert read_picture(np.array([[0.5, 3.0]]), 1).dtype == torch.float32
+    assert read_image(np.array([[True, False]]), 1).tolist() == [[[255, 0]]]
+    assert read_image(np.array([[0.5, 3.0]]), 1).dtype == torch.float32
     with pytest.raises(ValueError, match="type int64, expected uint8"):
-        read_picture(np.array([[1, 2]]), 1)
+        read_image(np.array([[1, 2]]), 1)
     with pytest.raises(ValueError, match=r"expected a picture of shape .* got \(3,\)"):
-        read_picture(np.zeros(3, dtype=np.uint8))
+        read_image(np.zeros(3, dtype=np.uint8))
     with pytest.raises(ValueError, match="got int"):
-        read_picture(3)
+        read_image(3)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
 def test_values_that_are_not_finite_are_a_broken_picture(value):
-    with pytest.raises(BrokenPictureError, match="row 3: holds values that are not finite"):
-        read_picture(np.full((4, 4), value), 1, name="row 3")
+    with pytest.raises(BrokenImageError, match="row 3: holds values that are not finite"):
+        read_image(np.full((4, 4), value), 1, name="row 3")
 
 
 def test_rgb_picture_for_five_channels_names_the_flag():
     with pytest.raises(ValueError, match=r"x: has 3 \(RGB\) channels, expected 5. Pass --num_channels 3"):
-        read_picture(Image.fromarray(rgb()), 5, name="x")
+        read_image(Image.fromarray(rgb()), 5, name="x")
 
 
 # --- broken files
@@ -258,20 +258,20 @@ def broken_files(folder):
 @pytest.mark.parametrize("num_channels", [1, 3, 5])
 def test_broken_files_say_which_and_why(tmp_path, num_channels):
     for path in broken_files(tmp_path):
-        with pytest.raises(BrokenPictureError) as caught:
-            read_picture(path, num_channels)
+        with pytest.raises(BrokenImageError) as caught:
+            read_image(path, num_channels)
         assert str(path) in str(caught.value)
         assert len(str(caught.value)) > len(str(path)) + 10
 
 
 def test_a_lazily_opened_broken_picture(tmp_path):
     path = broken_files(tmp_path)[0]
-    with pytest.raises(BrokenPictureError, match="row 1: broken or cut off: OSError"):
-        read_picture(Image.open(path), name="row 1")
+    with pytest.raises(BrokenImageError, match="row 1: broken or cut off: OSError"):
+        read_image(Image.open(path), name="row 1")
 
 
 def test_the_error_survives_pickling_and_a_worker():
-    error = BrokenPictureError("a.jpg: broken")
+    error = BrokenImageError("a.jpg: broken")
     assert str(pickle.loads(pickle.dumps(error))) == "a.jpg: broken"
     assert str(type(error)("again")) == "again"  # what a DataLoader does
 
@@ -283,7 +283,7 @@ def test_the_error_survives_pickling_and_a_worker():
 @settings(max_examples=200, deadline=None)
 def test_no_bytes_raise_anything_else(data, magic):
     with pytest.raises(ValueError):
-        read_picture(magic + data + b"\x01")
+        read_image(magic + data + b"\x01")
 
 
 # --- what is too large, missing, or of another kind
@@ -293,28 +293,28 @@ def test_pixel_limit(tmp_path):
     path = tmp_path / "large.png"
     Image.new("L", (300, 200)).save(path)
     message = "large.png: 300 x 200 are 60000 pixels, .* more than 59999 .*--max_image_pixels 60000"
-    with pytest.raises(BrokenPictureError, match=message):
-        read_picture(str(path), max_image_pixels=59999)
-    assert read_picture(str(path), max_image_pixels=60000).shape == (3, 200, 300)
+    with pytest.raises(BrokenImageError, match=message):
+        read_image(str(path), max_image_pixels=59999)
+    assert read_image(str(path), max_image_pixels=60000).shape == (3, 200, 300)
 
 
 def test_our_limit_stands_for_that_of_pillow(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     path = tmp_path / "a.png"
     Image.new("L", (30, 20)).save(path)
-    assert read_picture(str(path)).shape == (3, 20, 30)
+    assert read_image(str(path)).shape == (3, 20, 30)
     assert Image.MAX_IMAGE_PIXELS == 100
-    monkeypatch.setattr("hf_mim.data.pictures.MAX_IMAGE_PIXELS", 599)
-    with pytest.raises(BrokenPictureError, match="600 pixels"):
-        read_picture(str(path))
+    monkeypatch.setattr("hf_mim.data.images.MAX_IMAGE_PIXELS", 599)
+    with pytest.raises(BrokenImageError, match="600 pixels"):
+        read_image(str(path))
 
 
 @pytest.mark.parametrize("value", [None, {"bytes": None, "path": None}])
 def test_no_picture(value):
-    with pytest.raises(BrokenPictureError, match=r"row 3: the picture is missing \(None\)"):
-        read_picture(value, name="row 3")
+    with pytest.raises(BrokenImageError, match=r"row 3: the picture is missing \(None\)"):
+        read_image(value, name="row 3")
 
 
 def test_formats_that_are_known_and_not_read():
-    with pytest.raises(BrokenPictureError, match="a HEIC picture, which PIL cannot read: convert it"):
-        read_picture(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(BrokenImageError, match="a HEIC picture, which PIL cannot read: convert it"):
+        read_image(b"\0\0\0\x18ftypheic" + bytes(40))

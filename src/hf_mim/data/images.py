@@ -1,6 +1,6 @@
 """Reading one picture into a tensor, by one stated rule.
 
-`read_picture` returns (C, H, W), either **uint8** (0 to 255, divided by 255 later) or **float32** (used as it is). So
+`read_image` returns (C, H, W), either **uint8** (0 to 255, divided by 255 later) or **float32** (used as it is). So
 the number that a model sees, before mean and standard deviation, is value / 255 for uint8, the value for float32.
 
 | found                        | `num_channels=3`           | `num_channels=1`           | any other number n      |
@@ -38,7 +38,7 @@ import numpy as np
 import torch
 
 # Read by PIL, besides .npy (numpy). AVIF: by those builds of PIL that can.
-PICTURE_EXTENSIONS = (
+IMAGE_EXTENSIONS = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".avif", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm",
     ".pbm", ".npy",
 )  # fmt: skip
@@ -50,7 +50,7 @@ _NPY_MAGIC = b"\x93NUMPY"
 _EXIF_ORIENTATION = 0x0112
 
 
-class BrokenPictureError(ValueError):
+class BrokenImageError(ValueError):
     """A picture that cannot be read: cut off, empty, missing, too large, or not a picture at all.
 
     Its message holds the file's name and the cause. The constructor takes one string, because a `DataLoader` raises a
@@ -58,15 +58,15 @@ class BrokenPictureError(ValueError):
     """
 
 
-class MissingPictureError(BrokenPictureError):
+class MissingImageError(BrokenImageError):
     """There is no picture: a row without one, or a file that is not there."""
 
 
-class OversizedPictureError(BrokenPictureError):
+class OversizedImageError(BrokenImageError):
     """A picture of more pixels than are decoded."""
 
 
-def read_picture(
+def read_image(
     value, num_channels: int = 3, *, name: str | None = None, max_image_pixels: int | None = None
 ) -> torch.Tensor:
     """Reads one picture by the rule at the top of this file.
@@ -84,7 +84,7 @@ def read_picture(
         memory is ordered (H, W, C), or one that repeats a channel: do not write into it.
 
     Raises:
-        BrokenPictureError: there is no picture (None), it cannot be read, is larger than `max_image_pixels`, or holds
+        BrokenImageError: there is no picture (None), it cannot be read, is larger than `max_image_pixels`, or holds
             values that are not finite.
         ValueError: it can be read, but has other channels than asked for, or a type or a shape that is no picture's.
         ImportError: a multiband TIFF, and tifffile is not installed.
@@ -96,7 +96,7 @@ def read_picture(
         name = name or path
         value = value["bytes"] if value.get("bytes") is not None else path
     if value is None:
-        raise MissingPictureError(f"{name or 'picture'}: the picture is missing (None).")
+        raise MissingImageError(f"{name or 'picture'}: the picture is missing (None).")
     if isinstance(value, str | os.PathLike):
         name = name or os.fspath(value)
         value = _read_file(value, name)
@@ -126,9 +126,9 @@ def _read_file(path: str | os.PathLike, name: str) -> bytes:
         with open(path, "rb") as file:
             return file.read()
     except FileNotFoundError as error:
-        raise MissingPictureError(f"{name}: there is no such file.") from error
+        raise MissingImageError(f"{name}: there is no such file.") from error
     except OSError as error:
-        raise BrokenPictureError(f"{name}: cannot be read: {error}") from error
+        raise BrokenImageError(f"{name}: cannot be read: {error}") from error
 
 
 @contextlib.contextmanager
@@ -136,7 +136,7 @@ def pixel_limit(name: str, limit: int | None = None) -> Iterator:
     """Within, PIL's own limit is off; what is yielded has to be called with each picture before it is decoded.
 
     Raises:
-        OversizedPictureError: by that call, with the picture's size and the way out.
+        OversizedImageError: by that call, with the picture's size and the way out.
     """
     from PIL import Image
 
@@ -145,7 +145,7 @@ def pixel_limit(name: str, limit: int | None = None) -> Iterator:
     def check(image) -> None:
         width, height = image.size
         if width * height > limit:
-            raise OversizedPictureError(
+            raise OversizedImageError(
                 f"{name}: {width} x {height} are {width * height} pixels, and pictures of more than {limit} are not "
                 f"decoded. If you trust it: --max_image_pixels {width * height}."
             )
@@ -162,7 +162,7 @@ def _decode(data: bytes, num_channels: int, name: str, max_image_pixels: int | N
     from PIL import Image, UnidentifiedImageError
 
     if not data:
-        raise BrokenPictureError(f"{name}: the file is empty (0 bytes).")
+        raise BrokenImageError(f"{name}: the file is empty (0 bytes).")
     is_tiff = data.startswith(_TIFF_MAGIC)
     # A damaged file can raise nearly anything out of a codec (OSError, SyntaxError, struct.error, IndexError, ...),
     # and all of it means the same here.
@@ -177,14 +177,14 @@ def _decode(data: bytes, num_channels: int, name: str, max_image_pixels: int | N
             except UnidentifiedImageError:
                 if is_tiff:  # float or multiband: PIL does not know it
                     return _decode_tiff(data)
-                raise BrokenPictureError(f"{name}: {_unknown_format(data)}") from None
+                raise BrokenImageError(f"{name}: {_unknown_format(data)}") from None
             check_size(image)
             image.load()
         return image
-    except (BrokenPictureError, ImportError):
+    except (BrokenImageError, ImportError):
         raise
     except Exception as error:
-        raise BrokenPictureError(f"{name}: broken or cut off: {type(error).__name__}: {error}") from error
+        raise BrokenImageError(f"{name}: broken or cut off: {type(error).__name__}: {error}") from error
 
 
 def _unknown_format(data: bytes) -> str:
@@ -218,7 +218,7 @@ def _from_pil(image, num_channels: int, name: str) -> torch.Tensor:
         if image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
     except Exception as error:  # a lazily opened file: see _decode
-        raise BrokenPictureError(f"{name}: broken or cut off: {type(error).__name__}: {error}") from error
+        raise BrokenImageError(f"{name}: broken or cut off: {type(error).__name__}: {error}") from error
 
     bands = image.getbands()
     if image.mode == "F" or image.mode.startswith("I"):
@@ -302,7 +302,7 @@ def _to_uint8_or_float32(array: np.ndarray, name: str) -> np.ndarray:
             warnings.simplefilter("ignore", RuntimeWarning)  # float64 beyond float32's range: caught as infinite below
             array = np.require(array, dtype=np.float32, requirements="W")
         if not np.isfinite(array).all():
-            raise BrokenPictureError(f"{name}: holds values that are not finite (NaN or infinity).")
+            raise BrokenImageError(f"{name}: holds values that are not finite (NaN or infinity).")
         return array
     raise ValueError(
         f"{name}: pixels of type {array.dtype}, expected uint8 (0 to 255), uint16 (0 to 65535), or floats with the "
