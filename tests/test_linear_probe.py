@@ -180,6 +180,7 @@ class TestFlags:
         [
             ("--preset=vast", "expected one of tiny, pilamim"),
             ("--pooling=max", "last_N"),
+            ("--probe=deep", "expected linear or attentive"),
             ("--learning_rate=-1", "above 0"),
             ("--warmup_epochs=99", "below --num_train_epochs"),
             ("--max_steps=5", "--num_train_epochs instead"),
@@ -220,6 +221,20 @@ class TestScript:
             assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
             assert a["accuracies"] == pytest.approx(b["accuracies"])
         assert len(list((tmp_path / "one" / "features").iterdir())) == (1 if augment else 2)
+
+    def test_attentive(self, encoder, folder, tmp_path, capsys):
+        flags = ["--preset=attentive", "--batch_size=8", "--num_train_epochs=2", "--learning_rate", "0.001", "0.01"]
+        given = [flag for flag in self.flags(encoder, folder, tmp_path) if "learning_rate" not in flag][:-2]
+        assert main([*given, *flags]) == 0
+        assert "Attentive probe of" in capsys.readouterr().out
+        found = self.results(tmp_path)
+        assert found["probe"] == "attentive" and found["weight_decay"] == 0.01 and not found["augment"]
+        assert [head["learning_rate"] for head in found["results"]["label"]] == [0.001, 0.01]
+        assert main([*given, *flags, "--augment=true", f"--output_dir={tmp_path / 'crops'}"]) == 0
+        losses = [
+            [head["loss"] for head in self.results(out)["results"]["label"]] for out in (tmp_path, tmp_path / "crops")
+        ]
+        assert losses[0] != losses[1]
 
     def test_recipe_and_help(self, encoder, folder, tmp_path):
         recipe = tmp_path / "recipe.json"

@@ -143,7 +143,11 @@ def test_report_of_three_models(folder, models, tmp_path, capsys):
     assert list(found["features"]) == names
     for scores in found["features"].values():
         assert 0 <= scores["knn"]["label"] <= 100 and 0 <= scores["linear"]["label"] <= 100
+    attentive = found["attentive"]["accuracy"]
+    assert list(attentive) == [f"{n}{kind}" for n in ("whole", "encoder", "dino") for kind in (" untrained", "")]
+    assert all(0 <= scores["label"] <= 100 for scores in attentive.values())
     readme = (out / "README.md").read_text()
+    assert "| dino, attentive |" in readme and "Attentive: a probe with one query" in readme
     for name in [*files - {"README.md", "report.json"}, *names]:
         assert name in readme, name
     assert "raw pixels" in said and str(out / "README.md") in said

@@ -20,6 +20,7 @@ _BESIDES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transform
 _MAX_PIXELS = 32
 
 PIXELS = "pixels"
+PATCHES = "patches"
 
 
 def blocks_read(pooling: str) -> int:
@@ -137,19 +138,25 @@ class FeatureEncoder:
 
         Args:
             pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised.
-            poolings: As [`blocks_read`] explains.
+            poolings: As [`blocks_read`] explains, and `"patches"` for all patch tokens.
 
         Returns:
-            By pooling, float32 `torch.Tensor` of shape `(batch_size, dim)`, on the model's device.
+            By pooling, float32 `torch.Tensor` of shape `(batch_size, dim)`, on the model's device; of `"patches"`
+            float16 of shape `(batch_size, num_patches, dim)`.
 
         Raises:
             ValueError: If a pooling wants [CLS] of a model that has none, or more blocks than there are.
         """
-        tokens = self.tokens(pixel_values.to(self.device), max(blocks_read(pooling) for pooling in poolings))
+        tokens = self.tokens(
+            pixel_values.to(self.device),
+            max(1 if pooling == PATCHES else blocks_read(pooling) for pooling in poolings),
+        )
         num_prefix = self._num_prefix(tokens[-1], pixel_values)
         features = {}
         for pooling in poolings:
-            if pooling == "mean":
+            if pooling == PATCHES:
+                features[pooling] = tokens[-1][:, num_prefix:].half()
+            elif pooling == "mean":
                 features[pooling] = tokens[-1][:, num_prefix:].float().mean(dim=1)
             elif num_prefix == 0:
                 raise ValueError(f"{type(self.model).__name__} has no [CLS], which pooling {pooling} reads: use mean.")

@@ -18,7 +18,7 @@ from ..data.dataset import ImageDataset
 from ..data.image_processing import evaluation_transform
 from ..data.loading import ImageSplits, without_broken
 from .batches import transformed_pictures
-from .encoders import PIXELS, FeatureEncoder, RawPixels, blocks_read
+from .encoders import PATCHES, PIXELS, FeatureEncoder, RawPixels, blocks_read
 
 logger = logging.get_logger(__name__)
 
@@ -80,15 +80,15 @@ def extract_features(
         encoders: By name, on the device where they are to run.
         pictures (`ImageDataset`): Every one has to be readable (`without_broken`).
         processor: The image processor; see `evaluation_transform`.
-        poolings: As [`blocks_read`] explains; raw pixels have none.
+        poolings: As [`blocks_read`] explains, and `"patches"` for all patch tokens; raw pixels have none.
         bf16 (`bool`, defaults to False): Run the encoders in bfloat16 autocast.
         cache_dir (*optional*): Where features are looked for and kept, one safetensors file for each encoder and
             pooling, named by a hash of the weights and config, the pictures, the processor, the pooling and the
-            precision: whatever changes the features changes the name.
+            precision: whatever changes the features changes the name. Patch tokens would fill the disk: never kept.
 
     Returns:
         `dict`: by encoder's name, by pooling (`"pixels"` for raw pixels): float32 `torch.Tensor` of shape
-        `(num_pictures, dim)`, on the CPU.
+        `(num_pictures, dim)`, on the CPU; of `"patches"` float16 of shape `(num_pictures, num_patches, dim)`.
 
     Raises:
         ValueError: If there are no pictures, or a pooling is unknown.
@@ -96,7 +96,8 @@ def extract_features(
     if len(pictures) == 0:
         raise ValueError(f"{pictures.source} holds no pictures to take features of.")
     for pooling in poolings:
-        blocks_read(pooling)
+        if pooling != PATCHES:
+            blocks_read(pooling)
     wanted = {name: [PIXELS] if isinstance(e, RawPixels) else list(poolings) for name, e in encoders.items()}
     files: dict[tuple[str, str], tuple[Path, dict]] = {}
     features: Features = {name: {} for name in encoders}
@@ -106,7 +107,7 @@ def extract_features(
         data = {"pictures": looked_at, "processor": _describe(processor), "bf16": bf16}
         for name, encoder in encoders.items():
             model = encoder.digest()
-            for pooling in wanted[name]:
+            for pooling in set(wanted[name]) - {PATCHES}:
                 key = data | {"model": model, "pooling": pooling, "version": _VERSION}
                 files[name, pooling] = (_file(cache_dir, key), key)
         for (name, pooling), (path, _) in files.items():
@@ -123,7 +124,7 @@ def extract_features(
         for name, pooled in computed.items():
             for pooling, values in pooled.items():
                 features[name][pooling] = values
-                if files and PartialState().is_main_process:
+                if (name, pooling) in files and PartialState().is_main_process:
                     _save(*files[name, pooling], values)
         # Who asks again at once finds what the first process writes.
         PartialState().wait_for_everyone()

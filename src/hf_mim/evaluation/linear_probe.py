@@ -13,7 +13,56 @@ from timm.optim import Lars
 from torch import nn
 
 
-class LinearProbe(nn.Module):
+class Probe(nn.Module):
+    """
+    As many classifiers on frozen features as learning rates, trained side by side: what is common to all kinds.
+
+    A kind has a `forward` that gives logits (num_heads, batch_size, num_classes), and an `optimizer` whose groups have
+    their `peak` learning rate.
+    """
+
+    # Features that are looked at at once, where nothing is trained.
+    chunk_size = 4096
+    learning_rates: list[float]
+    optimizer: torch.optim.Optimizer
+
+    def step(self, features: torch.Tensor, labels: torch.Tensor, factor: float) -> torch.Tensor:
+        """
+        One step of the optimiser for every head.
+
+        Args:
+            features (`torch.Tensor` of shape `(batch_size, ...)`).
+            labels (`torch.LongTensor` of shape `(batch_size,)`): -1 where there is none.
+            factor (`float`): Times the peak learning rates.
+
+        Returns:
+            `torch.Tensor` of shape `(num_heads,)`: the losses before the step.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        logits = self(features)
+        losses = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none", ignore_index=-1
+        )
+        losses = losses.view(len(logits), -1).sum(dim=1) / (labels >= 0).sum().clamp(min=1)
+        self.optimizer.zero_grad()
+        losses.sum().backward()
+        self.optimizer.step()
+        return losses.detach()
+
+    @torch.no_grad()
+    def accuracies(self, features: torch.Tensor, labels: torch.Tensor) -> list[float]:
+        """Percent that each head gets right, with the BatchNorm's running statistics; labels of -1 do not count."""
+        self.eval()
+        device = next(self.parameters()).device
+        right = torch.zeros(len(self.learning_rates), dtype=torch.int64, device=device)
+        for chunk, answers in zip(features.split(self.chunk_size), labels.split(self.chunk_size), strict=True):
+            right += (self(chunk.to(device)).argmax(dim=2) == answers.to(device)).sum(dim=1)
+        self.train()
+        return (100.0 * right / (labels >= 0).sum()).tolist()
+
+
+class LinearProbe(Probe):
     """
     As many linear classifiers as learning rates, which start equal and share one BatchNorm (it learns nothing).
 
@@ -56,41 +105,6 @@ class LinearProbe(nn.Module):
         logits = nn.functional.linear(self.norm(features.to(weight.dtype)), weight.flatten(0, 1), bias.flatten())
         return logits.unflatten(1, bias.shape).transpose(0, 1)
 
-    def step(self, features: torch.Tensor, labels: torch.Tensor, factor: float) -> torch.Tensor:
-        """
-        One step of LARS for every head.
-
-        Args:
-            features (`torch.Tensor` of shape `(batch_size, dim)`).
-            labels (`torch.LongTensor` of shape `(batch_size,)`): -1 where there is none.
-            factor (`float`): Times the peak learning rates.
-
-        Returns:
-            `torch.Tensor` of shape `(num_heads,)`: the losses before the step.
-        """
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        logits = self(features)
-        losses = nn.functional.cross_entropy(
-            logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none", ignore_index=-1
-        )
-        losses = losses.view(len(logits), -1).sum(dim=1) / (labels >= 0).sum().clamp(min=1)
-        self.optimizer.zero_grad()
-        losses.sum().backward()
-        self.optimizer.step()
-        return losses.detach()
-
-    @torch.no_grad()
-    def accuracies(self, features: torch.Tensor, labels: torch.Tensor, chunk_size: int = 4096) -> list[float]:
-        """Percent that each head gets right, with the BatchNorm's running statistics; labels of -1 do not count."""
-        self.eval()
-        device = self.weights[0].device
-        right = torch.zeros(len(self.learning_rates), dtype=torch.int64, device=device)
-        for chunk, answers in zip(features.split(chunk_size), labels.split(chunk_size), strict=True):
-            right += (self(chunk.to(device)).argmax(dim=2) == answers.to(device)).sum(dim=1)
-        self.train()
-        return (100.0 * right / (labels >= 0).sum()).tolist()
-
 
 def learning_rate_factor(epoch: float, num_epochs: float, warmup_epochs: float) -> float:
     """Linear from 0 to 1 over the warm-up, then half a cosine to 0; `epoch` with its fraction, from 0."""
@@ -100,7 +114,7 @@ def learning_rate_factor(epoch: float, num_epochs: float, warmup_epochs: float) 
 
 
 def train_probes(
-    probes: dict[str, LinearProbe],
+    probes: dict[str, Probe],
     batches: Callable[[int], Iterable[tuple[torch.Tensor, dict[str, torch.Tensor]]]],
     steps_per_epoch: int,
     test_features: torch.Tensor,
@@ -115,8 +129,8 @@ def train_probes(
 
     Args:
         probes: By label.
-        batches: Of an epoch (from 0): `steps_per_epoch` pairs of features (batch_size, dim) and, by label, classes.
-        test_features (`torch.Tensor` of shape `(num_test, dim)`), test_labels: By label, `(num_test,)`.
+        batches: Of an epoch (from 0): `steps_per_epoch` pairs of features (batch_size, ...) and, by label, classes.
+        test_features (`torch.Tensor` of shape `(num_test, ...)`), test_labels: By label, `(num_test,)`.
         on_epoch: Called after every epoch with its number and the accuracies by label.
 
     Returns:

@@ -86,13 +86,18 @@ def feature_name(name: str, pooling: str) -> str:
 
 
 def results_table(results: dict) -> list[list[str]]:
-    """Rows of text, the head first: features; k-NN and linear accuracy as `knn / linear` for each label; RankMe."""
+    """
+    Rows of text, the head first: features; k-NN and linear accuracy as `knn / linear` for each label; RankMe. Then
+    the accuracies of attentive probes, where there are `results["attentive"]`, as `evaluate_attentively` gives.
+    """
     labels = list(next(iter(results["features"].values()))["knn"])
     rows = [["features", *labels, "RankMe"]]
     for name, scores in results["features"].items():
         rank = "" if scores["rank_me"] is None else f"{scores['rank_me']:.1f}"
         cells = [f"{_number(scores['knn'][label])} / {_number(scores['linear'][label])}" for label in labels]
         rows.append([name, *cells, rank])
+    for name, accuracies in results.get("attentive", {}).get("accuracy", {}).items():
+        rows.append([f"{name}, attentive", *(_number(accuracies.get(label)) for label in labels), ""])
     return rows
 
 
@@ -106,7 +111,14 @@ def describe_results(results: dict) -> str:
     few = few_pictures(test)
     if not next(iter(results["features"].values()))["knn"]:
         return f"The data has no labels: RankMe of the features of {test} held-out pictures{few}"
-    notes = "".join(f". {note.rstrip('.')}" for note in results.get("notes", ()))
+    notes = list(results.get("notes", ()))
+    if results.get("attentive", {}).get("accuracy"):
+        attentive = results["attentive"]
+        notes.append(
+            f"Attentive: a probe with one query over the patches, {attentive['num_epochs']} epochs of "
+            f"{attentive['num_train']} of the pictures, tested on {attentive['num_test']}"
+        )
+    notes = "".join(f". {note.rstrip('.')}" for note in notes)
     return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out{few}){notes}"
 
 

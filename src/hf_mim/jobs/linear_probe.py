@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader
 from ..data.arguments import DataArguments
 from ..data.pretraining import EpochSampler, PretrainingDataset
 from ..data.transforms import PretrainingTransform
-from ..evaluation.encoders import blocks_read
+from ..evaluation.attentive_probe import LEARNING_RATES, NUM_EPOCHS, AttentiveProbe
+from ..evaluation.encoders import PATCHES, blocks_read
 from ..evaluation.features import extract_features, shared_labels
-from ..evaluation.linear_probe import LinearProbe, train_probes
+from ..evaluation.linear_probe import LinearProbe, Probe, train_probes
 from ..evaluation.online import check_labelled
 from ..evaluation.report import few_pictures, text_table
 from ..files import write_json
@@ -48,6 +49,15 @@ PRESETS = {
     "tec": _MAE,
     "ocl": _MAE,
     "ocl_large": _MAE | {"num_train_epochs": 50, "batch_size": 1024},
+    # AIM's and V-JEPA's, for minutes on a CPU.
+    "attentive": {
+        "probe": "attentive",
+        "learning_rate": list(LEARNING_RATES),
+        "num_train_epochs": NUM_EPOCHS,
+        "batch_size": 256,
+        "weight_decay": 0.01,
+        "augment": False,
+    },
 }
 
 
@@ -55,13 +65,21 @@ PRESETS = {
 class ProbeArguments(ViTTrainingArguments):
     """
     What is probed, and how. Of transformers' `TrainingArguments` those of devices, precision, seed and data loading
-    count, and the ones named here; optimiser (LARS) and schedule (cosine) are the protocol's.
+    count, and the ones named here; optimiser (LARS; AdamW of an attentive probe) and schedule (cosine) are the
+    protocol's.
     """
 
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Any ViT with a [CLS] token: hf_mim's, ViT, ViTMAE, DINOv2, DINOv3, CLIP."}
     )
     preset: str = field(default="tiny", metadata={"help": f"The protocol: {', '.join(PRESETS)}."})
+    probe: str = field(
+        default="linear",
+        metadata={
+            "help": "linear, on --pooling; or attentive: one learned query over all patch tokens, then linear (see "
+            "--preset attentive)."
+        },
+    )
     pooling: str = field(
         default="cls",
         metadata={"help": "cls, mean (of the patches) or last_N ([CLS] of the last N blocks, concatenated)."},
@@ -92,7 +110,7 @@ class ProbeArguments(ViTTrainingArguments):
         default=None, metadata={"help": "Linear warm-up in epochs. Default: a tenth of num_train_epochs."}
     )
     momentum: float = field(default=0.9, metadata={"help": "LARS' momentum."})
-    weight_decay: float = field(default=0.0, metadata={"help": "LARS' weight decay, of the weights."})
+    weight_decay: float = field(default=0.0, metadata={"help": "The optimiser's weight decay, of the weights."})
     per_device_train_batch_size: int = field(
         default=64, metadata={"help": "Pictures that the encoder of each process takes at once."}
     )
@@ -108,6 +126,8 @@ class ProbeArguments(ViTTrainingArguments):
         if self.output_dir is None:
             raise ValueError("--output_dir is missing: where linear_probe.json goes.")
         blocks_read(self.pooling)
+        if self.probe not in ("linear", "attentive"):
+            raise ValueError(f"--probe is {self.probe!r}; expected linear or attentive.")
         if self.batch_size < 2 or self.num_train_epochs < 1:
             raise ValueError(
                 f"--batch_size must be at least 2 and --num_train_epochs at least 1, got {self.batch_size} and "
@@ -153,7 +173,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
             "smaller --batch_size."
         )
     say(
-        f"Linear probe of {args.model_name_or_path}, pooling {args.pooling}: {len(train)} training and {len(test)} "
+        f"{_what(args)} of {args.model_name_or_path}: {len(train)} training and {len(test)} "
         f"held-out pictures, {'crops and flips' if args.augment else 'whole pictures'}, {args.num_train_epochs} "
         f"epochs of batches of {args.batch_size}, {len(args.learning_rate)} learning rates side by side."
     )
@@ -163,14 +183,9 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
     else:
         batches = _CachedBatches(_features(subject, train, args), train_labels, args)
     probes = {
-        label: LinearProbe(
-            test_features.shape[1],
-            int(max(train_labels[label].max(), test_labels[label].max())) + 1,
-            args.learning_rate,
-            momentum=args.momentum,
-            weight_decay=args.weight_decay,
-            seed=args.seed,
-        ).to(args.device)
+        label: _build_probe(
+            args, test_features.shape[-1], int(max(train_labels[label].max(), test_labels[label].max())) + 1
+        )
         for label in train_labels
     }
     results = train_probes(
@@ -196,6 +211,19 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
     return 0
 
 
+def _what(args: ProbeArguments) -> str:
+    return "Attentive probe" if args.probe == "attentive" else f"Linear probe, pooling {args.pooling},"
+
+
+def _build_probe(args: ProbeArguments, dim: int, num_classes: int) -> Probe:
+    settings = {"weight_decay": args.weight_decay, "seed": args.seed}
+    if args.probe == "attentive":
+        probe = AttentiveProbe(dim, num_classes, args.learning_rate, **settings)
+    else:
+        probe = LinearProbe(dim, num_classes, args.learning_rate, momentum=args.momentum, **settings)
+    return probe.to(args.device)
+
+
 def probe_table(results: dict[str, list[dict]]) -> list[list[str]]:
     """Rows of text, the head first: for each learning rate and label, accuracy after the last / the best epoch."""
     rows = [["learning rate", *results]]
@@ -211,8 +239,8 @@ def _say_epoch(epoch: int, now: dict[str, list[float]], num_epochs: int) -> None
 
 
 def _describe(args: ProbeArguments, data_args: DataArguments, train, test) -> dict:
-    names = ("model_name_or_path", "preset", "pooling", "augment", "batch_size", "num_train_epochs", "warmup_epochs")
-    names += ("momentum", "weight_decay", "seed", "bf16")
+    names = ("model_name_or_path", "preset", "probe", "pooling", "augment", "batch_size", "num_train_epochs")
+    names += ("warmup_epochs", "momentum", "weight_decay", "seed", "bf16")
     return {name: getattr(args, name) for name in names} | {
         "data": data_args.dataset_name or data_args.train_dir or "scenes (embedded)",
         "num_train": len(train),
@@ -225,13 +253,17 @@ def _features(subject: Subject, pictures, args: ProbeArguments) -> torch.Tensor:
         {"": subject.encoder},
         pictures,
         subject.processor,
-        [args.pooling],
+        [_pooling(args)],
         batch_size=args.per_device_train_batch_size,
         num_workers=args.dataloader_num_workers,
         bf16=args.bf16,
         cache_dir=args.feature_cache_dir,
     )
-    return features[""][args.pooling]
+    return features[""][_pooling(args)]
+
+
+def _pooling(args: ProbeArguments) -> str:
+    return PATCHES if args.probe == "attentive" else args.pooling
 
 
 class _CachedBatches:
@@ -300,4 +332,4 @@ class _AugmentedBatches:
 
     def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.autocast(self.args.device.type, torch.bfloat16) if self.args.bf16 else nullcontext():
-            return self.encoder.features(pixel_values, [self.args.pooling])[self.args.pooling]
+            return self.encoder.features(pixel_values, [_pooling(self.args)])[_pooling(self.args)]

@@ -13,6 +13,7 @@ from ..data.image_processing import build_image_processor
 from ..data.loading import ImageSplits, check_images, load_images, resolve_mean_std, spread_indices
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.transforms import PretrainingTransform
+from ..evaluation.attentive_probe import evaluate_attentively
 from ..evaluation.encoders import FeatureEncoder, RawPixels
 from ..evaluation.features import extract_features, labelled_splits, shared_labels
 from ..evaluation.online import OnlineEvaluation
@@ -311,18 +312,13 @@ def evaluate(folders: dict[str, str], config, pictures: ImageSplits, processor, 
     if args.references:
         encoders = {RAW_PIXELS: RawPixels()} | encoders
     splits = labelled_splits(pictures)
-    features = [
-        extract_features(
-            encoders,
-            split,
-            processor,
-            ("cls", "mean"),
-            num_workers=args.dataloader_num_workers,
-            bf16=args.bf16,
-        )
-        for split in splits
-    ]
-    return evaluate_features(*features, *shared_labels(*splits, multi_label=True))
+    how = {"num_workers": args.dataloader_num_workers, "bf16": args.bf16}
+    features = [extract_features(encoders, split, processor, ("cls", "mean"), **how) for split in splits]
+    labels = shared_labels(*splits, multi_label=True)
+    results = evaluate_features(*features, *labels)
+    encoders.pop(RAW_PIXELS, None)
+    attentive = evaluate_attentively(encoders, *splits, *labels, processor, device=args.device, **how)
+    return results | {"attentive": attentive}
 
 
 def format_results(results: dict) -> str:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from ..data.arguments import DataArguments
 from ..data.image_processing import evaluation_transform
 from ..data.transforms import sample_generator
+from ..evaluation.attentive_probe import evaluate_attentively
 from ..evaluation.batches import transformed_pictures
 from ..evaluation.encoders import RawPixels, blocks_read, untrained_encoder
 from ..evaluation.features import Features, extract_features, labelled_splits, shared_labels
@@ -118,8 +119,10 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
         for name, subject in subjects.items()
     }
     train, test = next(iter(splits.values()))
-    train_labels, test_labels = shared_labels(train, test)
-    chosen = choose_classes(args, test_labels, test.label_names) if test_labels else None
+    train_labels, test_labels = shared_labels(train, test, multi_label=True)
+    # A point has one colour.
+    colours = {name: column for name, column in test_labels.items() if column.ndim == 1}
+    chosen = choose_classes(args, colours, test.label_names) if colours else None
     for subject in subjects.values():
         for pooling in args.poolings:
             depth = subject.encoder.model.config.num_hidden_layers
@@ -127,12 +130,13 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
                 raise ValueError(f"--poolings {pooling}: {subject.name} has {depth} blocks.")
 
     features = tuple(_features(subjects, splits, split, args) for split in range(2))
+    attentive = _attentive(subjects, splits, train_labels, test_labels, args)
     if not PartialState().is_main_process:
         PartialState().wait_for_everyone()
         return 0
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    results = evaluate_features(*features, train_labels, test_labels)
+    results = evaluate_features(*features, train_labels, test_labels) | {"attentive": attentive}
     say("\n" + describe_results(results) + "\n" + text_table(results_table(results)))
     data = data_args.dataset_name or data_args.train_dir or "scenes (embedded)"
     settings = {"models": {name: subject.name for name, subject in subjects.items()}, "data": data, "seed": args.seed}
@@ -221,6 +225,26 @@ def _features(subjects: dict[str, Subject], splits, split: int, args: ReportArgu
     # References first, as in the tables of pretraining.
     references = [name for name in features if name not in subjects]
     return {name: features[name] for name in (*references, *subjects)}
+
+
+def _attentive(subjects: dict[str, Subject], splits, train_labels, test_labels, args: ReportArguments) -> dict:
+    """`evaluate_attentively` of every model, after its untrained twin where references are asked for."""
+    results: dict = {}
+    for name, subject in subjects.items():
+        untrained = {f"{name} untrained": untrained_encoder(subject.encoder, args.seed)} if args.references else {}
+        found = evaluate_attentively(
+            untrained | {name: subject.encoder},
+            *splits[name],
+            train_labels,
+            test_labels,
+            subject.processor,
+            device=args.device,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            bf16=args.bf16,
+        )
+        results = found | {"accuracy": results.get("accuracy", {}) | found["accuracy"]}
+    return results
 
 
 def _tsne(
