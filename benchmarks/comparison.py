@@ -1,15 +1,17 @@
 """
-Every method, on the same pictures, with the same encoder, beside an untrained network and raw pixels.
+Every method, on the same images, with the same encoder, beside an untrained network, raw pixels and a supervised one.
 
-    python benchmarks/comparison.py --fashion_mnist /path/to/fashion-mnist
-    python benchmarks/comparison.py --fashion_mnist /path/to/fashion-mnist --finetune
+    python benchmarks/comparison.py --next --cifar10 /path/to/cifar10 --fashion_mnist /path/to/fashion-mnist
+    python benchmarks/comparison.py --table
 
-A cell is (data, method, seed): `examples/run_mim.py` with each method's tiny preset and the same number of pictures
-seen (TEC: as many again after its base, which is MAE's cell of the same seed; dBOT: in two stages). Each cell writes
-one JSON under `benchmarks/results/comparison/`; a cell that has its JSON is not run again, so the script goes on where
-it was stopped. `--finetune` fine-tunes each cell's encoder, with many labels and with few. At the end, and with
-`--table` alone, `table.md` and `comparison.png` are written beside the cells: mean and standard deviation over the
-seeds.
+A cell is (data, method, seed): `examples/run_mim.py` with each method's tiny preset and the same number of images seen
+(TEC: as many again after its base, which is MAE's cell of the same seed; dBOT: in two stages). Its numbers go into
+`results/comparison.csv` (see `results_table.py`); a cell that is there is not run again, and one that was stopped goes
+on from its last checkpoint. `--next` says what is done and what is not, and runs the cells that are not, one after the
+other, for `--hours`; with `--hours 0` it only says it. `--table` writes tables and pictures of what there is.
+
+On CIFAR-10 every cell is looked at after 1/16, 1/8, 1/4, 1/2 and all of its images: the learning curves. Choices are
+made on `cifar10_held_out`: 5,000 of the training split are held out, and the test split is not read.
 """
 
 import argparse
@@ -18,21 +20,25 @@ import os
 import platform
 import re
 import shutil
-import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
+import torch
+from transformers import HfArgumentParser
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+import results_table
+from hf_mim.data.arguments import DataArguments
+from hf_mim.evaluation.attentive_probe import evaluate_attentively
+from hf_mim.evaluation.features import extract_features, labelled_splits, shared_labels
+from hf_mim.evaluation.report import evaluate_features
+from hf_mim.jobs.loading import load_subject
+from hf_mim.training.arguments import supports_bf16
+from results_table import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-RESULTS = REPOSITORY / "benchmarks" / "results" / "comparison"
+MILLION = 1_000_000
 # Flags of run_mim.py; "{runs}" is the folder of the runs with the same data and seed.
 METHODS = {
     "MAE": ["--model_type=vit_mae"],
@@ -48,28 +54,152 @@ METHODS = {
         "--num_stages=2",
         "--teacher_model_name_or_path={runs}/PiLaMIM",
     ],
+    "dBOT (2 stages, first teacher MAE)": [
+        "--model_type=dbot",
+        "--num_stages=2",
+        "--teacher_model_name_or_path={runs}/MAE",
+    ],
+    "MAE, 2,000,000 images": ["--model_type=vit_mae"],
+    "PiLaMIM, 2,000,000 images": ["--model_type=pilamim"],
+    "OCL, 2,000,000 images": ["--model_type=ocl"],
 }
-# Pictures per step, where not `--batch_size`: contrast lives on the number of negatives.
-BATCH_SIZE = {"OCL": 256}
+# An untrained network of the same size, trained with labels.
+SUPERVISED = "supervised"
 UNTRAINED = "untrained"
-# Fine-tuning: many, and 1% of the training pictures.
-NUM_LABELS = {"scenes": (2000, 120), "fashion_mnist": (4000, 600)}
-# Labels by data set.
-LABEL = {"scenes": ["count", "distance", "shape", "color"], "fashion_mnist": ["label"]}
+# Images per step: contrast lives on the number of negatives.
+BATCH_SIZE = 128
+BATCH_SIZE_OCL = 256
+_SHORT = ["dBOT (2 stages, first teacher PiLaMIM)"]
+_CURVES = ["dBOT (2 stages, first teacher MAE)"]
+_LONG = [name for name in METHODS if name.endswith("images")]
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set of the comparison: how many images each method sees, and by how many labels it is fine-tuned."""
+
+    images: int
+    crop_scale_min: float
+    methods: tuple[str, ...]
+    # Name of the number of labels, and flags of run_image_classification.py.
+    labels: dict[str, list[str]]
+    label: str = "label"
+    # Looked at on the way: learning curves.
+    points: tuple[float, ...] = (1.0,)
+
+
+def _few(number: int, epochs: int) -> list[str]:
+    return [f"--max_train_samples={number}", f"--num_train_epochs={epochs}"]
+
+
+_BASE = [name for name in METHODS if name not in (*_SHORT, *_CURVES, *_LONG)]
+_HALVES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+DATA = {
+    "cifar10": Data(
+        500_000,
+        0.2,
+        (*_BASE, *_CURVES, SUPERVISED, *_LONG),
+        {
+            "1%": [*_few(500, 50), "--per_device_train_batch_size=32"],
+            "10%": _few(5000, 20),
+            "all": ["--num_train_epochs=5"],
+        },
+        points=_HALVES,
+    ),
+    "cifar10_held_out": Data(500_000, 0.2, tuple(_BASE), {}),
+    "scenes": Data(
+        60_000,
+        0.8,
+        (*_BASE, *_SHORT),
+        {"2000": _few(2000, 5), "1%": [*_few(120, 20), "--per_device_train_batch_size=32"]},
+        label="count",
+    ),
+    "fashion_mnist": Data(
+        60_000,
+        0.5,
+        (*_BASE, *_SHORT),
+        {"4000": _few(4000, 5), "1%": [*_few(600, 20), "--per_device_train_batch_size=32"]},
+    ),
+}
+_ONE_SEED = set(_LONG)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """(data, method, seed), and for fine-tuning of its network the number of labels."""
+
+    data: str
+    method: str
+    seed: int
+    labels: str | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.data}, {self.method}, seed {self.seed}{f', fine-tuned/{self.labels}' if self.labels else ''}"
+
+    @property
+    def metric(self) -> str:
+        """What is in the table once the cell is done."""
+        return f"fine-tuned/{self.labels}" if self.labels else "seconds"
+
+    def images(self, args) -> int:
+        if args.images is not None:
+            return args.images
+        return 2 * MILLION if self.method in _LONG else DATA[self.data].images
+
+    def needs(self) -> "Cell | None":
+        """The cell whose network this one starts from."""
+        if self.labels is not None:
+            return None if self.method == UNTRAINED else Cell(self.data, self.method, self.seed)
+        found = [re.search(r"{runs}/(\w+)", flag) for flag in METHODS.get(self.method, ())]
+        return next((Cell(self.data, match[1], self.seed) for match in found if match), None)
+
+    def folder(self, args) -> Path:
+        name = slug(self.method) if self.labels is None else f"{slug(self.method)}-{slug(self.labels)}"
+        return args.runs / self.data / str(self.seed) / name
+
+
+def slug(method: str) -> str:
+    """A folder's name: letters, digits and underscores."""
+    return re.sub(r"[^a-zA-Z0-9]+", "_", method).strip("_")
+
+
+def all_cells(args) -> list[Cell]:
+    """In the order in which they are run: seed by seed, so that what is there after an interrupt is whole."""
+    cells = []
+    for seed in args.seeds:
+        for data in args.data:
+            methods = [m for m in DATA[data].methods if m in args.methods and (m not in _ONE_SEED or seed == 0)]
+            cells += [Cell(data, method, seed) for method in methods]
+            if args.finetune:
+                tuned = [UNTRAINED, *(m for m in methods if m != SUPERVISED and m not in _LONG)]
+                cells += [Cell(data, method, seed, labels) for method in tuned for labels in DATA[data].labels]
+    # The long ones last.
+    return sorted(cells, key=lambda cell: cell.method in _LONG)
 
 
 def data_flags(data: str, args) -> list[str]:
     if data == "scenes":
         return []
+    if data == "cifar10":
+        return [f"--dataset_name={args.cifar10}", "--image_size=32", *_cache(args)]
+    if data == "cifar10_held_out":
+        # Of this file alone, a tenth is held out: the same 5,000 each time.
+        file = args.cifar10 / "train.parquet"
+        return [f"--dataset_name={file}", "--validation_fraction=0.1", "--image_size=32", *_cache(args)]
     return [f"--train_dir={args.fashion_mnist}", "--num_channels=1", "--image_size=28"]
 
 
+def _cache(args) -> list[str]:
+    return [f"--data_cache_dir={args.runs / 'data'}"]
+
+
 def run(script: str, flags: list[str], args) -> float:
-    """Runs an example script on one thread; returns the seconds it took."""
+    """Runs an example script; returns the seconds it took."""
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "examples" / script), *flags, "--disable_tqdm=true", "--save_strategy=no"],
+        [sys.executable, str(REPOSITORY / "examples" / script), *flags, "--disable_tqdm=true", *args.flags],
         capture_output=True,
         text=True,
         env=environment,
@@ -80,207 +210,227 @@ def run(script: str, flags: list[str], args) -> float:
     return time.perf_counter() - start
 
 
-def pretrain(data: str, method: str, seed: int, args) -> None:
-    """One cell: its JSON holds run_mim.py's `features.json`, the command and the time."""
-    path = RESULTS / f"{data}-{slug(method)}-{seed}.json"
-    runs = args.runs / data / str(seed)
-    if path.is_file():
-        return
-    if not (runs / "MAE").is_dir() and any("{runs}" in flag for flag in METHODS[method]):
-        raise RuntimeError(f"{method} starts from another cell's network, which is not in {runs}: delete its JSON.")
-    flags = data_flags(data, args) + ["--crop_scale_min=0.5" if data == "fashion_mnist" else "--crop_scale_min=0.8"]
-    flags += [flag.format(runs=runs) for flag in METHODS[method]]
-    batch = BATCH_SIZE.get(method, args.batch_size)
-    flags += [f"--per_device_train_batch_size={batch}", f"--seed={seed}"]
-    # Stages share the pictures among them; --max_steps is the length of one.
+def pretrain(cell: Cell, args) -> list[dict]:
+    """A cell's rows: of its network at each of its points, and of the references where it is MAE's."""
+    data = DATA[cell.data]
+    flags = [*data_flags(cell.data, args), f"--crop_scale_min={data.crop_scale_min}"]
+    flags += [flag.format(runs=cell.folder(args).parent) for flag in METHODS[cell.method]]
+    batch = BATCH_SIZE_OCL if cell.method.startswith("OCL") else BATCH_SIZE
+    flags += [f"--per_device_train_batch_size={batch}", f"--seed={cell.seed}"]
+    # Stages share the images among them; --max_steps is the length of one.
     stages = 2 if "--num_stages=2" in flags else 1
-    flags += [f"--max_steps={args.pictures // batch // stages}"]
+    steps = max(1, cell.images(args) // batch // stages)
+    flags += [f"--max_steps={steps}"]
     # Raw pixels are the same in every method's cell; as the untrained network MAE's draw stands for all.
-    flags += [] if method == "MAE" else ["--references=false"]
-    folder = runs / slug(method)
-    shutil.rmtree(folder, ignore_errors=True)
-    seconds = run("run_mim.py", [*flags, f"--output_dir={folder}"], args)
+    flags += [] if cell.method == "MAE" else ["--references=false"]
+    points = {max(1, round(point * steps * stages)) for point in data.points if point < 1}
+    every = max(1, round(min(data.points) * steps * stages))
+    flags += ["--save_strategy=steps", f"--save_steps={every}", f"--save_total_limit={max(2, 16 // stages + 1)}"]
+    folder = cell.folder(args)
+    run("run_mim.py", [*flags, f"--output_dir={folder}"], args)
+    pace = images_per_second(folder)
     results = json.loads((folder / "features.json").read_text())
-    write(path, {"data": data, "method": method, "seed": seed, "flags": flags, "seconds": round(seconds)} | results)
+    rows: list[dict] = []
+
+    def add(method: str, images: int, metric: str, value: float | None) -> None:
+        if value is not None:
+            rows.append(row(cell, metric, value) | {"method": method, "images_seen": images})
+
+    for name, images, metric, value in numbers(results):
+        if images == 0:
+            add(name, 0, metric, value)
+        elif name is None:
+            add(cell.method, steps * batch * stages, metric, value)
+        else:
+            add(f"{cell.method}, after {name}", steps * batch * (int(name.split()[1]) + 1), metric, value)
+    places = sorted(folder.glob("stage*")) or [folder]
+    for stage, place in enumerate(places):
+        for checkpoint in sorted(place.glob("checkpoint-*")):
+            seen = stage * steps + int(checkpoint.name.split("-")[1])
+            if seen in points:
+                for _, _, metric, value in numbers(evaluate_checkpoint(checkpoint, cell, args)):
+                    add(cell.method, seen * batch, metric, value)
+                add(cell.method, seen * batch, "seconds", round(seen * batch / pace, 1))
+    add(cell.method, steps * batch * stages, "seconds", round(steps * batch * stages / pace, 1))
+    for checkpoint in folder.rglob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return rows
 
 
-def finetune(data: str, method: str, seed: int, args) -> None:
-    """Fine-tunes a cell's encoder, by many labels and 5 epochs, and by 1% of the labels and 20 epochs."""
-    folder = args.runs / data / str(seed) / slug(method)
-    many, few = NUM_LABELS[data]
-    for labels, chosen in (
-        (f"{many:,}", [f"--max_train_samples={many}", "--num_train_epochs=5"]),
-        ("1%", [f"--max_train_samples={few}", "--num_train_epochs=20", "--per_device_train_batch_size=32"]),
-    ):
-        path = RESULTS / f"finetuned-{data}-{slug(method)}-{seed}-{slug(labels)}.json"
-        # Only where the cell's network is still on this disk.
-        if path.is_file() or (method != UNTRAINED and not (folder / "model.safetensors").is_file()):
-            continue
-        flags = [*data_flags(data, args), f"--seed={seed}", *chosen, "--eval_strategy=no", "--max_eval_samples=4000"]
-        flags += ["--model_type=pilamim"] if method == UNTRAINED else [f"--model_name_or_path={folder}"]
-        flags += [] if data == "fashion_mnist" else ["--label_column_name=count"]
-        output = args.runs / "finetuned" / path.stem
-        seconds = run("run_image_classification.py", [*flags, f"--output_dir={output}"], args)
-        accuracy = json.loads((output / "results.json").read_text())["accuracy"]
-        cell = {"data": data, "method": method, "seed": seed, "labels": labels, "flags": flags}
-        write(path, cell | {"seconds": round(seconds), "accuracy": accuracy})
+def images_per_second(folder: Path) -> float:
+    """Of the longest part of a run that was trained at a stretch."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    parts = [log for log in history if "train_samples_per_second" in log]
+    return max(parts, key=lambda log: log["train_runtime"])["train_samples_per_second"]
 
 
-def slug(method: str) -> str:
-    """A cell's or folder's name: letters, digits and underscores."""
-    return re.sub(r"[^a-zA-Z0-9]+", "_", method).strip("_")
+def numbers(results: dict):
+    """(name of the network, 0 for references, metric, value) of `features.json`; the name is None for the last one."""
+
+    def of(name: str) -> tuple[str | None, int | None]:
+        return None if name == "trained" else name, 0 if name in results_table.REFERENCES else None
+
+    for name, values in results["features"].items():
+        network, _, features = name.partition(", ")
+        for score, short in (("knn", "k-NN"), ("linear", "linear")):
+            for label, value in values[score].items():
+                yield *of(network), "/".join(part for part in (short, features, label) if part), value
+        yield *of(network), f"RankMe/{features}", values["rank_me"]
+    for network, accuracies in results["attentive"]["accuracy"].items():
+        for label, value in accuracies.items():
+            yield *of(network), f"attentive/{label}", value
 
 
-def write(path: Path, cell: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(cell | {"machine": machine()}, indent=2) + "\n")
-    print(path.name, cell["seconds"], "s", flush=True)
+def evaluate_checkpoint(checkpoint: Path, cell: Cell, args) -> dict:
+    """What the encoder of a checkpoint is worth, as the end of a run says it."""
+    (data_args,) = HfArgumentParser(DataArguments).parse_args_into_dataclasses(data_flags(cell.data, args))
+    subject = load_subject(str(checkpoint), data_args)
+    splits = labelled_splits(subject.pictures)
+    labels = shared_labels(*splits)
+    encoders, how = {"trained": subject.encoder}, {"bf16": supports_bf16(use_cpu=not torch.cuda.is_available())}
+    features = [extract_features(encoders, split, subject.processor, ("cls", "mean"), **how) for split in splits]
+    attentive = evaluate_attentively(encoders, *splits, *labels, subject.processor, **how)
+    return evaluate_features(*features, *labels) | {"attentive": attentive}
+
+
+def supervise(cell: Cell, args) -> list[dict]:
+    """An untrained network trained with all labels: its accuracy after as many images."""
+    steps = max(1, cell.images(args) // BATCH_SIZE)
+    every = max(1, round(min(DATA[cell.data].points) * steps))
+    flags = [*data_flags(cell.data, args), "--model_type=pilamim", f"--seed={cell.seed}", f"--max_steps={steps}"]
+    flags += [f"--per_device_train_batch_size={BATCH_SIZE}", "--max_eval_samples=4000", *_label_flags(cell)]
+    flags += ["--eval_strategy=steps", f"--eval_steps={every}", "--save_strategy=steps", f"--save_steps={every}"]
+    run("run_image_classification.py", [*flags, f"--output_dir={cell.folder(args)}"], args)
+    history = json.loads((cell.folder(args) / "trainer_state.json").read_text())["log_history"]
+    pace = images_per_second(cell.folder(args))
+    rows = []
+    for log in history:
+        if "eval_accuracy" in log:
+            images = log["step"] * BATCH_SIZE
+            accuracy = f"accuracy/{DATA[cell.data].label}"
+            for metric, value in ((accuracy, log["eval_accuracy"]), ("seconds", images / pace)):
+                rows.append(row(cell, metric, value) | {"images_seen": images})
+    for checkpoint in cell.folder(args).glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    return rows
+
+
+def finetune(cell: Cell, args) -> list[dict]:
+    """Accuracy of a cell's encoder fine-tuned with some of the labels; of an untrained one: from scratch."""
+    flags = [*data_flags(cell.data, args), f"--seed={cell.seed}", *DATA[cell.data].labels[cell.labels]]
+    flags += ["--eval_strategy=no", "--max_eval_samples=4000", "--save_strategy=no", *_label_flags(cell)]
+    needed = cell.needs()
+    flags += ["--model_type=pilamim"] if needed is None else [f"--model_name_or_path={needed.folder(args)}"]
+    output = cell.folder(args)
+    shutil.rmtree(output, ignore_errors=True)
+    seconds = run("run_image_classification.py", [*flags, f"--output_dir={output}"], args)
+    accuracy = json.loads((output / "results.json").read_text())["accuracy"]
+    shutil.rmtree(output)
+    return [row(cell, cell.metric, accuracy), row(cell, f"seconds/{cell.metric}", round(seconds))]
+
+
+def _label_flags(cell: Cell) -> list[str]:
+    return [] if cell.data == "fashion_mnist" else [f"--label_column_name={DATA[cell.data].label}"]
+
+
+def row(cell: Cell, metric: str, value: float) -> dict:
+    here = {"data": cell.data, "method": cell.method, "seed": cell.seed, "images_seen": None}
+    return here | {"metric": metric, "value": round(value, 4), "commit": commit(), "machine": machine()}
+
+
+def commit() -> str:
+    git = ["git", "-C", str(REPOSITORY)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "src"], check=False).returncode
+    return found.stdout.strip() + ("+" if changed else "")
 
 
 def machine() -> str:
     return f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
 
 
-def scores() -> dict:
-    """{data: {(row, pooling): {score: [one number a seed]}}} of all cells so far; pooling "": of none."""
-    table: dict = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
-    for path in sorted(RESULTS.glob("*.json")):
-        cell = json.loads(path.read_text())
-        rows, method = table[cell["data"]], cell["method"]
-        if "features" not in cell:
-            rows[method, ""][f"fine-tuned, {cell['labels']} labels"].append(cell["accuracy"])
+def is_done(cell: Cell, rows: list[dict]) -> bool:
+    """Whether the cell's last number is in the table."""
+    places = {(row["data"], row["method"], row["seed"]) for row in rows if row["metric"] == cell.metric}
+    return (cell.data, cell.method, cell.seed) in places
+
+
+def can_start(cell: Cell, args) -> bool:
+    """Whether the network that the cell starts from is on this disk."""
+    needed = cell.needs()
+    return needed is None or (needed.folder(args) / "model.safetensors").is_file()
+
+
+def run_cells(cells: list[Cell], args) -> None:
+    """Runs what is not done, one cell after the other, until the time is over; says what cannot start, and why."""
+    end = time.monotonic() + 3600 * args.hours
+    for cell in cells:
+        if is_done(cell, results_table.read(args.results)):
             continue
-        for name, values in cell["features"].items():
-            row, _, pooling = name.partition(", ")
-            if row.startswith("stage"):
-                row = f"{method}, after {row}"
-            elif row == "trained":
-                row = method
-            elif method != "MAE":
-                # References: raw pixels, and the encoder that MAE starts from.
-                continue
-            for label in values["knn"]:
-                rows[row, pooling][f"{label}: k-NN"].append(values["knn"][label])
-                rows[row, pooling][f"{label}: linear"].append(values["linear"][label])
-            if values["rank_me"] is not None:
-                rows[row, pooling]["RankMe"].append(values["rank_me"])
-    return table
+        if not can_start(cell, args):
+            print(f"left out: {cell.name}: the network of {cell.needs().name} is not in {args.runs}", flush=True)
+            continue
+        if time.monotonic() >= end:
+            print("the time is over; the same command goes on", flush=True)
+            return
+        start = time.monotonic()
+        print(f"starting: {cell.name}", flush=True)
+        work = finetune if cell.labels else supervise if cell.method == SUPERVISED else pretrain
+        results_table.append(work(cell, args), args.results)
+        print(f"done: {cell.name}, {time.monotonic() - start:.0f} s", flush=True)
 
 
-def order_of(row: str) -> int:
-    """References first, then the methods as they are listed here, each after its earlier stages."""
-    names = ["raw pixels", UNTRAINED]
-    for method in METHODS:
-        names += [f"{method}, after stage 0", method]
-    return names.index(row)
+def write_all(args) -> None:
+    """Tables, here and in README, docs and cards, and pictures."""
+    rows = results_table.read(args.results)
+    found = results_table.scores(rows)
+    results_table.write_tables(found, list(METHODS))
+    short = {data: methods for data, methods in found.items() if DATA[data].points == (1.0,)}
+    if short:
+        results_table.draw_scores(short, list(METHODS), args.results.with_suffix(".png"))
+    for data in found:
+        if len(DATA[data].points) > 1:
+            path = args.results.with_name(f"comparison_{data}.png")
+            results_table.draw_curves(rows, data, DATA[data].label, path, [*METHODS, SUPERVISED])
 
 
-def mean_and_spread(values: list[float]) -> str:
-    # Raw pixels have no seed.
-    spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def write_table(table: dict) -> None:
-    """`table.md`: a table for each data set and pooling, mean and standard deviation over the seeds."""
-    cells = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
-    hours = sum(cell["seconds"] for cell in cells) / 3600
-    lines = [f"{len(cells)} cells, {hours:.1f} hours of one thread each; {machine()}. k-NN / linear accuracy in %."]
-    for data, labels in LABEL.items():
-        rows = table.get(data, {})
-        tuned = sorted(
-            {name for (_, pooling), scores in rows.items() if pooling == "" for name in scores} - {"RankMe"}
-        )
-        tuned = [name for name in tuned if name.startswith("fine-tuned")]
-        for pooling in ("[CLS]", "mean"):
-            names = sorted({row for row, which in rows if which in (pooling, "")}, key=order_of)
-            # Fine-tuning is of neither: its head is on the mean of the patches, and trains them.
-            extra = tuned if pooling == "[CLS]" else []
-            if not names:
-                continue
-            lines += ["", f"### {data}: {'[CLS]' if pooling == '[CLS]' else 'mean of the patches'}", ""]
-            lines += ["| | " + " | ".join([*labels, "RankMe", *extra, "seeds"]) + " |"]
-            lines += ["|---" * (len(labels) + len(extra) + 3) + "|"]
-            for name in names:
-                found = rows.get((name, pooling)) or rows.get((name, ""), {})
-                values = [
-                    " / ".join(mean_and_spread(found[f"{label}: {score}"]) for score in ("k-NN", "linear"))
-                    if f"{label}: k-NN" in found
-                    else ""
-                    for label in labels
-                ]
-                values.append(mean_and_spread(found["RankMe"]) if "RankMe" in found else "")
-                own = rows.get((name, ""), {})
-                values += [mean_and_spread(own[column]) if column in own else "" for column in extra]
-                seeds = max(len(numbers) for numbers in found.values())
-                lines.append(f"| {name} | " + " | ".join(values) + f" | {seeds} |")
-    (RESULTS / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-
-
-def draw(table: dict) -> None:
-    """k-NN and linear accuracy of [CLS] of every row, a panel a label; a line where raw pixels are."""
-    panels = [(data, label) for data, labels in LABEL.items() if data in table for label in labels]
-    names = sorted({row for data in table for row, pooling in table[data] if pooling == "[CLS]"}, key=order_of)
-    size = (3.6 + 2.3 * len(panels), 1.4 + 0.3 * len(names))
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained", sharey=True)
-    for (data, label), axis in zip(panels, axes[0], strict=True):
-        for offset, (score, color) in enumerate((("k-NN", "#4c72b0"), ("linear", "#dd8452"))):
-            values = [table[data].get((name, "[CLS]"), {}).get(f"{label}: {score}", []) for name in names]
-            means = [statistics.mean(v) if v else 0.0 for v in values]
-            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-            places = [place + 0.4 * offset for place in range(len(names))]
-            axis.barh(places, means, 0.38, xerr=spread, color=color, label=score, error_kw={"elinewidth": 0.8})
-            pixels = table[data].get(("raw pixels", ""), {}).get(f"{label}: {score}")
-            if pixels:
-                axis.axvline(statistics.mean(pixels), color=color, linestyle=":", label=f"raw pixels, {score}")
-        axis.set_yticks([place + 0.2 for place in range(len(names))], names)
-        axis.set_title(f"{data}: {label}", fontsize=9)
-        axis.tick_params(labelsize=8)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.set_xlabel("accuracy of [CLS], %", fontsize=8)
-        axis.grid(axis="x", alpha=0.3)
-        axis.set_axisbelow(True)
-    axes[0][0].invert_yaxis()
-    figure.legend(
-        *axes[0][0].get_legend_handles_labels(), loc="outside upper right", ncols=4, fontsize=8, frameon=False
-    )
-    figure.savefig(RESULTS / "comparison.png", dpi=130)
-    plt.close(figure)
-
-
-def main() -> None:
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--fashion_mnist", type=Path, help="Folder of the idx files; left out: only scenes.")
-    parser.add_argument("--data", nargs="+", default=list(LABEL), choices=list(LABEL))
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--next", action="store_true", help="Say what is done, and run what is not.")
+    parser.add_argument("--table", action="store_true", help="Write tables and pictures of the cells that there are.")
+    parser.add_argument("--fashion_mnist", type=Path, help="Folder of the idx files; left out: not compared on.")
+    parser.add_argument("--cifar10", type=Path, help="Folder of train.parquet and test.parquet; left out: likewise.")
+    parser.add_argument("--data", nargs="+", default=["cifar10", "scenes", "fashion_mnist"], choices=list(DATA))
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, SUPERVISED], choices=[*METHODS, SUPERVISED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--pictures", type=int, default=60000, help="Pictures seen by each cell.")
-    parser.add_argument("--batch_size", type=int, default=128)
-    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="Where the networks are kept.")
-    parser.add_argument("--parallel", type=int, default=2, help="Cells at a time.")
-    parser.add_argument("--threads", type=int, default=1, help="Threads of a cell.")
+    parser.add_argument("--images", type=int, help="Seen by each cell. Default: 500,000 (CIFAR-10), 60,000 (others).")
+    parser.add_argument("--hours", type=float, default=24.0, help="No cell is started after so many hours.")
     parser.add_argument("--finetune", action="store_true", help="Fine-tune the cells' networks too.")
-    parser.add_argument("--table", action="store_true", help="Only write table and plot of the cells there are.")
-    args = parser.parse_args()
+    parser.add_argument("--runs", type=Path, default=Path("runs/comparison"), help="Where the networks are kept.")
+    parser.add_argument("--results", type=Path, default=results_table.RESULTS, help="The table.")
+    parser.add_argument("--threads", type=int, default=1, help="Threads of a cell.")
+    parser.add_argument("--flags", nargs="*", default=[], help="More flags of the scripts, e.g. --flags=--bf16=false.")
+    args = parser.parse_args(argv)
+    if not args.next and not args.table:
+        parser.error("give --next, --table, or both")
     args.runs = args.runs.resolve()
-    data = [name for name in args.data if name == "scenes" or args.fashion_mnist is not None]
-    if not args.table:
-        # Seed by seed, so that what is there after an interrupt is whole.
-        for seed in args.seeds:
-            cells = [(name, method, seed, args) for name in data for method in args.methods]
-            with ThreadPoolExecutor(args.parallel) as pool:
-                for later in (False, True):
-                    # What starts from another cell's network comes after it.
-                    now = [cell for cell in cells if any("{runs}" in f for f in METHODS[cell[1]]) == later]
-                    list(pool.map(lambda cell: pretrain(*cell), now))
-                if args.finetune:
-                    untrained = [(name, UNTRAINED, seed, args) for name in data]
-                    list(pool.map(lambda cell: finetune(*cell), cells + untrained))
-    table = scores()
-    if table:
-        write_table(table)
-        draw(table)
+    where = {"fashion_mnist": args.fashion_mnist, "cifar10": args.cifar10, "cifar10_held_out": args.cifar10}
+    args.data = [name for name in args.data if name == "scenes" or where[name] is not None]
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    if args.next:
+        cells, rows = all_cells(args), results_table.read(args.results)
+        done = [cell for cell in cells if is_done(cell, rows)]
+        print(f"{len(done)} of {len(cells)} cells are done")
+        for cell in cells:
+            print(f"{'done' if cell in done else 'open'}: {cell.name}")
+        run_cells(cells, args)
+    if args.table:
+        write_all(args)
 
 
 if __name__ == "__main__":
