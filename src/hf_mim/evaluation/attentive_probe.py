@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from ..data.sources import PictureDataset
+from ..data.dataset import ImageDataset
 from .encoders import PATCHES, FeatureEncoder
 from .features import extract_features
 from .linear_probe import Probe, train_probes
@@ -142,8 +142,8 @@ def attentive_accuracies(
 
 def evaluate_attentively(
     encoders: Mapping[str, FeatureEncoder],
-    train: PictureDataset,
-    test: PictureDataset,
+    train: ImageDataset,
+    test: ImageDataset,
     train_labels: dict[str, torch.Tensor],
     test_labels: dict[str, torch.Tensor],
     processor,
