@@ -66,7 +66,7 @@ class MIMTrainer(ViTTrainer):
         eval_dataset, processing_class = prepare_evaluation(
             eval_dataset, model.config, args, processing_class, image_column
         )
-        if processing_class is not None:
+        if processing_class is not None and hasattr(model, "set_image_normalization"):
             model.set_image_normalization(processing_class.image_mean, processing_class.image_std)
         # Of its own: a target is not to be moved twice.
         callbacks = [callback for callback in callbacks or () if not _is_ours(callback)]

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..vit.frozen import FrozenSource, build_frozen, load_source, read_source, student_config
+from ..vit.frozen import build_frozen, read_source
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
@@ -17,6 +17,7 @@ from ..vit.modeling_vit import (
     with_encoder,
 )
 from ..vit.pretraining import MaskedViTForPreTraining
+from ..vit.teachers import FrozenTeacherMixin
 from .configuration_dbot import DBOTConfig
 
 _TARGET_EPS = 1e-6
@@ -54,11 +55,11 @@ class DBOTModel(MaskedViTModel):
     _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^decoder\.", r"^classifier\."]
 
 
-class DBOTForPreTraining(MaskedViTForPreTraining):
+class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
     """Student, decoder and frozen teacher (section 3 of the paper)."""
 
     config: DBOTConfig
-    frozen_modules = ("teacher",)
+    teacher_name = "teacher"
 
     def __init__(self, config: DBOTConfig):
         super().__init__(config)
@@ -67,32 +68,6 @@ class DBOTForPreTraining(MaskedViTForPreTraining):
         self.decoder = MaskedViTDecoder(config, self.teacher.hidden_size, config.drop_path_rate)
         self.post_init()
         self.freeze()
-
-    @classmethod
-    def from_teacher(cls, teacher, config: DBOTConfig | None = None, **kwargs) -> "DBOTForPreTraining":
-        """
-        A new student of a trained network.
-
-        Args:
-            teacher (`PreTrainedModel`, or a path or name on the Hub): Any ViT with a [CLS] token: of hf_mim, ViT,
-                ViTMAE, DINOv2 and DINOv3 with or without registers, CLIP's vision tower. A path's
-                `preprocessor_config.json` tells how it wants pixels normalised.
-            config (`DBOTConfig`, *optional*): Of the new model; `teacher_config` and, where the teacher tells it,
-                `teacher_image_mean` and `teacher_image_std` are filled in. None: the teacher's width, depth, heads and
-                grid.
-            kwargs: As of `DBOTForPreTraining._from_config`, e.g. `attn_implementation`.
-
-        Raises:
-            ValueError: If the network cannot be a teacher, or the patch grids differ, with the reason.
-            OSError: If there is no such model.
-        """
-        source = read_source(teacher)
-        model = cls._from_config(student_config(source, "teacher", config or DBOTConfig), **kwargs)
-        model.take_source(source)
-        return model.eval()
-
-    def take_source(self, source: FrozenSource, new_encoder: bool = True) -> None:
-        load_source(self.teacher, source)
 
     @torch.no_grad()
     def next_stage(self) -> "DBOTForPreTraining":

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..vit.averaging import average_weights
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
@@ -18,9 +17,8 @@ from ..vit.modeling_vit import (
 )
 from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.sizes import as_pair
+from ..vit.teachers import AveragedTeacherMixin
 from .configuration_pilamim import PiLaMIMConfig
-
-logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -61,13 +59,10 @@ class PiLaMIMModel(MaskedViTModel):
     _keys_to_ignore_on_load_unexpected = [r"^target_encoder\.", r"^(pixel|latent)_decoder\.", r"^classifier\."]
 
 
-class PiLaMIMForPreTraining(MaskedViTForPreTraining):
+class PiLaMIMForPreTraining(AveragedTeacherMixin, MaskedViTForPreTraining):
     """Encoder, averaged target encoder and both decoders (section 2 of the paper)."""
 
     config: PiLaMIMConfig
-    frozen_modules = ("target_encoder",)
-    # In 16 bits it would stand still: what a step moves it by is rounded to nothing.
-    _keep_in_fp32_modules_strict = ["target_encoder"]
 
     def __init__(self, config: PiLaMIMConfig):
         super().__init__(config)
@@ -81,27 +76,6 @@ class PiLaMIMForPreTraining(MaskedViTForPreTraining):
         self.freeze()
         # The paper starts both encoders equal; the release starts the target at random.
         self.copy_encoder_to_target()
-
-    @torch.no_grad()
-    def copy_encoder_to_target(self) -> None:
-        """Makes the target encoder equal to the encoder."""
-        self.target_encoder.load_state_dict(self.encoder.state_dict())
-
-    @torch.no_grad()
-    def after_optimizer_step(self, step: int, num_steps: int) -> None:
-        """`target = m * target + (1 - m) * encoder`, `m` linear from `ema_momentum` towards `ema_momentum_end`."""
-        start, end = self.config.ema_momentum, self.config.ema_momentum_end
-        momentum = start + (end - start) * step / num_steps
-        average_weights(self.target_encoder, self.encoder, momentum)
-        super().after_optimizer_step(step, num_steps)
-
-    def fill_missing(self, missing: set[str]) -> set[str]:
-        target = {f"target_encoder.{name}" for name in self.target_encoder.state_dict()}
-        if not target <= missing:
-            return missing
-        logger.warning("The checkpoint has no target encoder: it starts as a copy of the encoder.")
-        self.copy_encoder_to_target()
-        return missing - target
 
     @can_return_tuple
     def forward(

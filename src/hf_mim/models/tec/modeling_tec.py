@@ -14,9 +14,6 @@ from ..vit.frozen import (
     FrozenSource,
     attention_products,
     build_frozen,
-    load_source,
-    read_source,
-    student_config,
 )
 from ..vit.masking import restore_order
 from ..vit.modeling_vit import (
@@ -32,6 +29,7 @@ from ..vit.modeling_vit import (
     with_encoder,
 )
 from ..vit.pretraining import MaskedViTForPreTraining
+from ..vit.teachers import FrozenTeacherMixin
 from ..vit.transfer import refuse_other_network
 from .configuration_tec import TECConfig
 
@@ -216,11 +214,11 @@ class TECDecoder(nn.Module):
         return attention_products(queries, keys) * self.scale
 
 
-class TECForPreTraining(MaskedViTForPreTraining):
+class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
     """Encoder, adapters, multi-target decoder and frozen base (section 2 of the paper)."""
 
     config: TECConfig
-    frozen_modules = ("base",)
+    teacher_name = "base"
     _no_split_modules = ["TECEmbeddings", "MaskedViTLayer"]
 
     def __init__(self, config: TECConfig):
@@ -259,13 +257,10 @@ class TECForPreTraining(MaskedViTForPreTraining):
             ValueError: If the network cannot be a base, or the patch grids differ, with the reason.
             OSError: If there is no such model.
         """
-        source = read_source(base)
-        model = cls._from_config(student_config(source, "base", config or TECConfig), **kwargs)
-        model.take_source(source)
-        return model.eval()
+        return cls.from_teacher(base, config, **kwargs)
 
     def take_source(self, source: FrozenSource, new_encoder: bool = True) -> None:
-        load_source(self.base, source)
+        super().take_source(source)
         if new_encoder and self.config.initialize_from_base:
             self._start_from_base()
 

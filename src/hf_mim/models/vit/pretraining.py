@@ -1,13 +1,10 @@
 """What the methods' pretraining models share."""
 
-from collections.abc import Sequence
-
 import torch
 from transformers.utils import logging
 
 from .masking import Masking, random_masking
 from .modeling_vit import MaskedViTModel, MaskedViTPreTrainedModel
-from .pixels import PixelRenormalization
 from .sizes import as_pair
 from .transfer import refuse_other_network
 
@@ -21,8 +18,8 @@ class PreTrainingMixin:
     A method may have more, which is asked for where it is there: `pairwise_loss`, whether the loss compares the
     pictures of a batch with each other, in which case the model encodes `chunk_size` pictures at a time;
     `watched_features(outputs)`, features of two views (batch_size, 2, dim) that could collapse; `adapter_shares(
-    pixel_values, noise)`, shares of groups of blocks in what a decoder reads; and `next_stage()`, an untrained model
-    that learns from this one.
+    pixel_values, noise)`, shares of groups of blocks in what a decoder reads; `next_stage()`, an untrained model that
+    learns from this one; and what `FrozenTeacherMixin` gives it.
 
     Subclasses set `frozen_modules`, the names of sub-modules that no gradient reaches (a target, a base, a teacher):
     these are always in eval mode, and stay frozen through loading.
@@ -82,29 +79,6 @@ class PreTrainingMixin:
         """
         refuse_other_network(self.config, encoder.config, f"that {type(encoder).__name__}")
         self.encoder.load_vit_state_dict(encoder.vit_state_dict())
-
-    def set_image_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
-        """
-        Tells a frozen network how the images are normalised, where the config does not say. It then sees them as it
-        was trained; nothing happens for methods without one.
-        """
-        if getattr(self.config, "image_mean", mean) is not None:
-            return
-        self.config.image_mean, self.config.image_std = list(map(float, mean)), list(map(float, std))
-        for name in self.frozen_modules:
-            frozen = self.get_submodule(name)
-            wanted = frozen.pixels.numbers[2:]
-            frozen.pixels = PixelRenormalization(frozen.config.num_channels, mean, std, *wanted).to(self.device)
-
-    def take_source(self, source, new_encoder: bool = True) -> None:
-        """
-        Fills the frozen network that the method learns from with a trained one.
-
-        Args:
-            source (`FrozenSource`): As `read_source` gives.
-            new_encoder (`bool`, defaults to True): Whether the encoder is untrained.
-        """
-        raise ValueError(f"{type(self).__name__} learns from no other network.")
 
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
         """
