@@ -51,6 +51,14 @@ def test_importing_costs_no_model_and_no_data_library():
         assert f"hf_mim.models.{model_type}.configuration_{model_type}" in added
 
 
+def test_what_is_trained_is_not_made_of_transformers_own_modules():
+    """These are renamed and merged from one version to the next; what another network is read with needs them."""
+    loaded = modules_after("import hf_mim; hf_mim.PiLaMIMForPreTraining; hf_mim.OCLForPreTraining")
+    assert "hf_mim.models.vit.modeling_vit" in loaded
+    own = [name for name in loaded if name.startswith("transformers.models.") and ".modeling_" in name]
+    assert [name for name in own if ".auto." not in name] == []
+
+
 def test_public_names_resolve():
     for model_type, prefix in METHODS.items():
         for suffix in SUFFIXES:
