@@ -11,6 +11,8 @@ extras = {
     "viz": ["scikit-learn>=1.7"],
     # Low-rank fine-tuning.
     "peft": ["peft>=0.18"],
+    # The pages of docs/: mkdocs build.
+    "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     # Multiband pictures.
     "tiff": ["tifffile>=2025.5", "imagecodecs>=2025.3"],
 }
@@ -23,7 +25,7 @@ extras["dev"] = sorted(
         "pytest>=9.0",
         "pytest-xdist>=3.8",
         "ruff==0.17.5",
-        *(requirement for group in extras.values() for requirement in group),
+        *(requirement for name, group in extras.items() if name != "docs" for requirement in group),
     }
 )
 
