@@ -355,24 +355,38 @@ def test_an_untrained_base_is_said_once_and_a_trained_one_not(caplog, tmp_path):
     trained(**batch)
     trained.save_pretrained(tmp_path)
     TECForPreTraining.from_pretrained(tmp_path).train()(**batch)
+    # As `from_original`, another image size and the plain Trainer's going on fill a model.
+    resumed = TECForPreTraining(tiny_config("tec"))
+    resumed.load_state_dict(trained.state_dict())
+    resumed.train()(**batch)
     assert text not in caplog.text
+    # What holds the student alone fills no base.
+    resumed = TECForPreTraining(tiny_config("tec"))
+    student = {name: value for name, value in trained.state_dict().items() if not name.startswith("base.")}
+    resumed.load_state_dict(student, strict=False)
+    resumed.train()(**batch)
+    assert caplog.text.count(text) == 1
 
 
 @pytest.mark.parametrize(
-    ("fields", "unknown"),
+    ("known", "unknown"),
     [
-        ({"base_image_mean": [0.5] * 5, "base_image_std": [0.5] * 5}, "student"),
-        ({"image_mean": [0.5] * 5, "image_std": [0.5] * 5}, "frozen network"),
-        ({}, None),
+        (("base_image_mean", "base_image_std"), "image_mean, image_std"),
+        (("image_mean", "image_std"), "base_image_mean, base_image_std"),
+        # A mean without its standard deviation is of no use either.
+        (("image_mean", "base_image_mean", "base_image_std"), "image_std"),
+        (("image_mean", "image_std", "base_image_mean"), "base_image_std"),
+        ((), None),
+        (("image_mean", "image_std", "base_image_mean", "base_image_std"), None),
     ],
 )
-def test_half_known_normalisation_is_said(fields, unknown, caplog):
-    model = TECForPreTraining(tiny_config("tec", **fields))
+def test_half_known_normalisation_is_said(known, unknown, caplog):
+    model = TECForPreTraining(tiny_config("tec", **dict.fromkeys(known, [0.5] * 5)))
     for _ in range(2):
         model(**tiny_batch(model.config))
-    assert caplog.text.count("has its images normalised") == (unknown is not None)
+    assert caplog.text.count("are normalised") == (unknown is not None)
     if unknown:
-        assert f"not of the {unknown}" in caplog.text
+        assert f"not {unknown}:" in caplog.text
 
 
 def test_second_round(tmp_path):

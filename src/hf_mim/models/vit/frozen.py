@@ -241,6 +241,7 @@ class FrozenViT(nn.Module):
         pixels (`dict`, *optional*): `source_mean`, `source_std`, `target_mean`, `target_std`, lists of one number a
             channel, None where not known: how the pictures it is given are normalised, and how it wants them.
         attn_implementation (`str`, *optional*): As the student's; transformers' choice if None.
+        name (`str`, defaults to `"frozen"`): With which the fields that describe it start in the method's config.
 
     Raises:
         ValueError: If the type is not supported, or the network cannot have that grid.
@@ -252,8 +253,10 @@ class FrozenViT(nn.Module):
         grid: tuple[int, int] | None = None,
         pixels: Mapping[str, list] | None = None,
         attn_implementation: str | None = None,
+        name: str = "frozen",
     ):
         super().__init__()
+        self.name = name
         self.layout = _layout(config)
         self.patch_size = as_pair(config.patch_size)
         own_grid = tuple(
@@ -271,8 +274,9 @@ class FrozenViT(nn.Module):
         # Not the method's description of it: the attention implementation that is set later is in this one.
         self.config = self.network.config
         self.pixels = PixelRenormalization(config.num_channels, **(pixels or {}))
-        # Set by `load_source`, and by loading a checkpoint that has it.
+        # Set by `load_source`, and by loading a checkpoint or a state dict that has it.
         self.is_trained = False
+        self.register_load_state_dict_pre_hook(_take_for_trained)
         self._has_said = False
         self.requires_grad_(False)
         self.eval()
@@ -329,13 +333,13 @@ class FrozenViT(nn.Module):
         if self._has_said or torch.compiler.is_compiling():
             return
         self._has_said = True
-        source, _, target, _ = self.pixels.numbers
-        if (source is None) != (target is None):
-            unknown, field = ("student", "image_mean") if source is None else ("frozen network", "NAME_image_mean")
+        names = ("image_mean", "image_std", f"{self.name}_image_mean", f"{self.name}_image_std")
+        missing = [name for name, numbers in zip(names, self.pixels.numbers, strict=True) if numbers is None]
+        if 0 < len(missing) < len(names):
             logger.warning(
-                f"It is known how one of student and frozen network has its images normalised, and not of the "
-                f"{unknown}: the frozen network sees the student's images as they are. Set {field} and its std in the "
-                "config (NAME is base or teacher)."
+                "How images are normalised is known in part of student and frozen network, and not "
+                f"{', '.join(missing)}: the frozen network sees the images as they are for the "
+                f"student. Set {', '.join(missing)} in the config."
             )
 
     def _resize(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -378,7 +382,12 @@ def build_frozen(config: MaskedViTConfig, name: str) -> FrozenViT:
         "target_std": getattr(config, f"{name}_image_std"),
     }
     described = frozen_config(getattr(config, f"{name}_config"), config)
-    return FrozenViT(described, config.grid_size, pixels, config._attn_implementation)
+    return FrozenViT(described, config.grid_size, pixels, config._attn_implementation, name)
+
+
+def _take_for_trained(frozen: FrozenViT, state: Mapping[str, torch.Tensor], prefix: str, *_) -> None:
+    """Before a state dict is loaded: whether it holds the network."""
+    frozen.is_trained |= any(name.startswith(f"{prefix}network.") for name in state)
 
 
 def _build(config: PreTrainedConfig, layout: _Layout, attn_implementation: str | None) -> PreTrainedModel:
