@@ -12,7 +12,9 @@ from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_mim.models.vit.configuration_vit import MaskedViTConfig
-from hf_mim.models.vit.frozen import FrozenViT, frozen_config, load_source, read_source
+from hf_mim.models.vit.frozen import FrozenViT
+from hf_mim.models.vit.frozen_layouts import frozen_config
+from hf_mim.models.vit.frozen_sources import load_source, read_source
 from hf_mim.models.vit.modeling_vit import MaskedViTModel
 from hf_mim.models.vit.pixels import PixelRenormalization
 from hf_mim.models.vit.pretraining import MaskedViTForPreTraining

@@ -14,7 +14,8 @@ from hf_mim import TECConfig, TECForImageClassification, TECForPreTraining, TECM
 from hf_mim.evaluation.pictures import draw_shares
 from hf_mim.jobs.pretraining import main
 from hf_mim.models.presets import PRESETS, preset_config
-from hf_mim.models.vit.frozen import FrozenViT, read_source
+from hf_mim.models.vit.frozen import FrozenViT
+from hf_mim.models.vit.frozen_sources import read_source
 from hf_mim.training.building import build_config, build_model, describe_frozen
 from hf_mim.training.command import ModelArguments
 from test_frozen import TYPES, own_model

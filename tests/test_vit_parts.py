@@ -12,7 +12,7 @@ from golden import Golden
 from hf_mim import to_vit
 from hf_mim.models.vit.configuration_vit import MaskedAutoencoderConfig, MaskedViTConfig
 from hf_mim.models.vit.convert_vit import convert_layers, copy_affine
-from hf_mim.models.vit.frozen import read_source
+from hf_mim.models.vit.frozen_sources import read_source
 from hf_mim.models.vit.masking import random_masking, restore_order
 from hf_mim.models.vit.modeling_vit import (
     MaskedViTBackbone,

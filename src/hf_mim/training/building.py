@@ -14,7 +14,8 @@ from transformers.utils import logging
 from ..hub.vit import encoder_from_vit
 from ..models.presets import preset_config
 from ..models.vit.alignment import align_weights
-from ..models.vit.frozen import describe_config, load_quietly, read_description, read_normalization, read_source
+from ..models.vit.frozen_layouts import describe_config
+from ..models.vit.frozen_sources import load_quietly, read_description, read_normalization, read_source
 from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
 from ..models.vit.transfer import at_image_size, load_at_another_size

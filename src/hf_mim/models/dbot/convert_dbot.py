@@ -3,7 +3,8 @@
 from transformers.utils import logging
 
 from ..vit.convert_vit import State, convert_layers, copy_affine, count_layers
-from ..vit.frozen import FrozenViT, frozen_config
+from ..vit.frozen import FrozenViT
+from ..vit.frozen_layouts import frozen_config
 
 logger = logging.get_logger(__name__)
 

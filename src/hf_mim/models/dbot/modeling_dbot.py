@@ -7,7 +7,8 @@ from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..vit.frozen import build_frozen, read_source
+from ..vit.frozen import build_frozen
+from ..vit.frozen_sources import read_source
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,

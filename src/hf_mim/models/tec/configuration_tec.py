@@ -80,7 +80,7 @@ class TECConfig(MaskedAutoencoderConfig):
     def __post_init__(self, **kwargs):
         # Importing the reader of frozen networks takes seconds; a config alone does not need it.
         if isinstance(self.base_config, PreTrainedConfig):
-            from ..vit.frozen import describe_config
+            from ..vit.frozen_layouts import describe_config
 
             self.base_config = describe_config(self.base_config)
         super().__post_init__(**kwargs)

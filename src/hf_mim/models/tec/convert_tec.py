@@ -4,7 +4,7 @@ import torch
 
 from ..vit.configuration_vit import MaskedViTConfig
 from ..vit.convert_vit import State, convert_layers, copy_affine, count_layers
-from ..vit.frozen import frozen_config
+from ..vit.frozen_layouts import frozen_config
 from ..vit.position import sincos_position_table
 
 

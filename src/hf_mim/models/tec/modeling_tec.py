@@ -10,11 +10,8 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.attention import MaskedViTMLP
-from ..vit.frozen import (
-    FrozenSource,
-    attention_products,
-    build_frozen,
-)
+from ..vit.frozen import attention_products, build_frozen
+from ..vit.frozen_sources import FrozenSource
 from ..vit.masking import restore_order
 from ..vit.modeling_vit import (
     DecoderSizes,

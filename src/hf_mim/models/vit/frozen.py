@@ -6,147 +6,22 @@ pooler), and attention logits are had for chosen rows without eager attention an
 """
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
-from .alignment import align_weights
 from .configuration_vit import MaskedViTConfig
+from .frozen_layouts import Layout, frozen_config, layout_of
 from .modeling_vit import MaskedViTModel
 from .pixels import PixelRenormalization
 from .position import sincos_position_table
 from .sizes import as_pair
 
 logger = logging.get_logger(__name__)
-
-
-class _Layout(NamedTuple):
-    """Where a type of network keeps its parts."""
-
-    blocks: str
-    norm: str
-    attention: str
-    # Positions can be had for every grid, without leaving what the network was made for.
-    any_grid: bool = False
-    # Arguments of the constructor, and of every block.
-    construction: dict = {}  # noqa: RUF012
-    block: dict = {}  # noqa: RUF012
-
-
-_OURS = _Layout("layers", "layernorm_before", "attention")
-_LAYOUTS = {
-    "vit": _Layout("layers", "layernorm_before", "attention", construction={"add_pooling_layer": False}),
-    "vit_mae": _Layout("layers", "layernorm_before", "attention"),
-    "dinov2": _Layout("encoder.layer", "norm1", "attention", any_grid=True),
-    "dinov2_with_registers": _Layout("encoder.layer", "norm1", "attention", any_grid=True),
-    "dinov3_vit": _Layout("model.layer", "norm1", "attention", any_grid=True),
-    "clip_vision_model": _Layout("encoder.layers", "layer_norm1", "self_attn", block={"attention_mask": None}),
-}
-
-_NO_CLS = "has no [CLS] token, whose attention chooses patches and whose feature is a target"
-_HIERARCHICAL = "is hierarchical: its last blocks see a coarser grid than the patches of a plain ViT"
-_CONVOLUTIONAL = "is convolutional: it has no patch tokens and no attention to learn from"
-_UNFIT = {
-    name: reason
-    for reason, names in {
-        _NO_CLS: "siglip siglip_vision_model siglip2 siglip2_vision_model ijepa vjepa2 vitdet sam_vision_model",
-        _HIERARCHICAL: "swin swinv2 swin2sr maskformer-swin donut-swin hiera pvt pvt_v2 segformer focalnet levit "
-        "swiftformer mobilevit mobilevitv2 mvit sam2_hiera_det_model",
-        _CONVOLUTIONAL: "resnet convnext convnextv2 dinov3_convnext regnet efficientnet mobilenet_v1 mobilenet_v2 "
-        "hgnet_v2 poolformer textnet bit",
-    }.items()
-    for name in names.split()
-}
-
-
-def frozen_config(described, student: MaskedViTConfig) -> PreTrainedConfig:
-    """
-    The config of a frozen network from what a method's config says of it.
-
-    Args:
-        described (`PreTrainedConfig`, `dict` or None): Of any supported type. A dict without `model_type` describes
-            our plain masked ViT, by default with fixed positions; `image_size`, `patch_size` and `num_channels` that
-            it lacks are the student's. None: the student's own sizes.
-        student: The config of the model that learns from it.
-
-    Raises:
-        ValueError: If the type cannot be a frozen network, with the reason.
-    """
-    if described is None:
-        described = {
-            name: getattr(student, name)
-            for name in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "intermediate_size",
-                "hidden_act",
-                "layer_norm_eps",
-                "qkv_bias",
-                "position_embedding",
-            )
-        }
-    if isinstance(described, Mapping):
-        fields = dict(described)
-        model_type = fields.pop("model_type", "")
-        if model_type:
-            config = AutoConfig.for_model(model_type, **fields)
-        else:
-            sizes = {name: getattr(student, name) for name in ("image_size", "patch_size", "num_channels")}
-            config = MaskedViTConfig(**(sizes | fields))
-    else:
-        config = described
-    config = getattr(config, "vision_config", config)
-    _layout(config)
-    return config
-
-
-# Of no use to a frozen encoder, or about the run that made it.
-_NOT_DESCRIBED = {
-    "_name_or_path",
-    "architectures",
-    "base_config",
-    "dtype",
-    "id2label",
-    "label2id",
-    "teacher_config",
-    "transformers_version",
-}
-
-
-def describe_config(config: PreTrainedConfig | Mapping | None) -> dict | None:
-    """A config as the dict that a method's config keeps and saves; [`frozen_config`] turns it back."""
-    if config is None:
-        return None
-    if isinstance(config, PreTrainedConfig):
-        config = getattr(config, "vision_config", config).to_diff_dict()
-    fields = {name: value for name, value in config.items() if name not in _NOT_DESCRIBED}
-    if not fields.get("model_type"):
-        fields.pop("model_type", None)
-    return fields
-
-
-def _layout(config: PreTrainedConfig) -> _Layout:
-    if isinstance(config, MaskedViTConfig):
-        if not config.use_cls_token:
-            raise ValueError(f"A network with use_cls_token=False cannot give targets: it {_NO_CLS}.")
-        return _OURS
-    if config.model_type not in _LAYOUTS:
-        supported = f"Choose hf_mim's own models, or one of {', '.join(_LAYOUTS)}."
-        reason = _UNFIT.get(config.model_type)
-        if reason is None:
-            raise ValueError(
-                f"A network of type {config.model_type!r} cannot be read as a frozen ViT: where its blocks and "
-                f"positions are is not known. {supported}"
-            )
-        raise ValueError(f"A network of type {config.model_type!r} cannot give targets: it {reason}. {supported}")
-    return _LAYOUTS[config.model_type]
 
 
 class LastAttention:
@@ -235,7 +110,7 @@ class FrozenViT(nn.Module):
     A Vision Transformer that is never trained: always in eval mode, without gradients.
 
     Args:
-        config: As [`frozen_config`] gives. The network is built untrained; [`load_source`] fills it.
+        config: As [`frozen_config`] gives. The network is built untrained; `load_source` fills it.
         grid (pair (rows, columns), *optional*): The patch grid that targets are wanted for; the network's own if None.
             Pictures are resized so that the network cuts them into this grid.
         pixels (`dict`, *optional*): `source_mean`, `source_std`, `target_mean`, `target_std`, lists of one number a
@@ -257,7 +132,7 @@ class FrozenViT(nn.Module):
     ):
         super().__init__()
         self.name = name
-        self.layout = _layout(config)
+        self.layout = layout_of(config)
         self.patch_size = as_pair(config.patch_size)
         own_grid = tuple(
             side // patch for side, patch in zip(as_pair(config.image_size), self.patch_size, strict=True)
@@ -390,7 +265,7 @@ def _take_for_trained(frozen: FrozenViT, state: Mapping[str, torch.Tensor], pref
     frozen.is_trained |= any(name.startswith(f"{prefix}network.") for name in state)
 
 
-def _build(config: PreTrainedConfig, layout: _Layout, attn_implementation: str | None) -> PreTrainedModel:
+def _build(config: PreTrainedConfig, layout: Layout, attn_implementation: str | None) -> PreTrainedModel:
     # A copy: what is set below, or by transformers, is none of the method's config.
     config = copy.deepcopy(config)
     attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
@@ -412,141 +287,3 @@ def _build(config: PreTrainedConfig, layout: _Layout, attn_implementation: str |
             embeddings.position_embeddings.copy_(sincos_position_table(*grid, config.hidden_size))
             embeddings.cls_token.normal_(std=config.initializer_range)
     return network
-
-
-@dataclass
-class FrozenSource:
-    """
-    A trained network to be frozen, in parts.
-
-    Args:
-        config (`PreTrainedConfig`): Of its encoder; goes into the method's config.
-        state (`dict[str, torch.Tensor]`): The weights of its encoder, for [`load_source`].
-        image_mean, image_std (`list[float]`, *optional*): How it wants pixels in [0, 1] normalised, if it says so.
-    """
-
-    config: PreTrainedConfig
-    state: dict[str, torch.Tensor]
-    image_mean: list[float] | None = None
-    image_std: list[float] | None = None
-
-
-def read_source(model_or_path) -> FrozenSource:
-    """
-    A trained network that can be frozen: its config, weights and pixel normalisation.
-
-    Args:
-        model_or_path (`PreTrainedModel`, or a path or name on the Hub): One of ours, ViT, ViTMAE, DINOv2 (with or
-            without registers), DINOv3's ViT, or CLIP (its vision tower). Of a model with heads or decoders the encoder
-            is taken. A path's `preprocessor_config.json` tells the normalisation.
-
-    Raises:
-        ValueError: If the network cannot give targets (no [CLS], convolutional, hierarchical, unknown), saying why, or
-            if its weights are not all there.
-        OSError: If there is no such model.
-    """
-    if isinstance(model_or_path, PreTrainedModel):
-        encoder = _encoder_of(model_or_path)
-        return FrozenSource(encoder.config, encoder.state_dict())
-    config, *normalization = read_description(model_or_path)
-    # AutoModel of a CLIP checkpoint would have its text tower too.
-    model_class = CLIPVisionModel if config.model_type == "clip_vision_model" else AutoModel
-    encoder = load_quietly(model_class, model_or_path)
-    return FrozenSource(encoder.config, encoder.state_dict(), *normalization)
-
-
-def load_quietly(model_class, path) -> PreTrainedModel:
-    """
-    An encoder in float32, without the report that a pretraining checkpoint also has decoders.
-
-    Raises:
-        ValueError: If the checkpoint lacks weights of the encoder.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        encoder, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ValueError(f"{path} lacks weights of its encoder: {', '.join(missing[:3])} ({len(missing)} tensors).")
-    align_weights(encoder)
-    return encoder
-
-
-def read_description(path: str) -> tuple[PreTrainedConfig, list[float] | None, list[float] | None]:
-    """
-    What is known of a trained network without its weights: config of the encoder, mean and standard deviation of its
-    pixels, None where it does not say.
-
-    Raises:
-        ValueError: If the network cannot give targets, saying why.
-        OSError: If there is no such model.
-    """
-    config = AutoConfig.from_pretrained(path)
-    config = getattr(config, "vision_config", config)
-    _layout(config)
-    return config, *read_normalization(path)
-
-
-def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    model = getattr(model, "vision_model", model)
-    layout = _layout(model.config)
-    is_encoder = any(name == layout.blocks for name, _ in model.named_modules())
-    return model if is_encoder else model.base_model
-
-
-def read_normalization(path: str) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation, one number a channel or one for all, of the image processor beside a network."""
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            with open(file, encoding="utf-8") as stream:
-                settings = json.load(stream)
-            settings = settings.get(key, {}) if key else settings
-            if not settings.get("do_normalize", True):
-                # Pixels in [0, 1] as they are.
-                return [0.0], [1.0]
-            if "image_mean" in settings:
-                return settings["image_mean"], settings["image_std"]
-    return None, None
-
-
-def student_config(source: FrozenSource, name: str, config: MaskedViTConfig | type[MaskedViTConfig]):
-    """
-    The config of a model that learns from `source`, with the fields that `build_frozen` reads filled in.
-
-    Args:
-        source: The trained network.
-        name (`str`): With which the fields start.
-        config: Of the model, which is copied; or its class, for the width, depth, heads and grid of `source`.
-    """
-    if isinstance(config, type):
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
-        config = config(**{field: getattr(source.config, field) for field in (*names, "num_channels")})
-    config = copy.deepcopy(config)
-    setattr(config, f"{name}_config", describe_config(source.config))
-    if source.image_mean is not None:
-        setattr(config, f"{name}_image_mean", source.image_mean)
-        setattr(config, f"{name}_image_std", source.image_std)
-    return config
-
-
-@torch.no_grad()
-def load_source(frozen: FrozenViT, source: FrozenSource) -> None:
-    """
-    Fills a frozen network with trained weights.
-
-    Raises:
-        ValueError: If the weights are of other names or shapes.
-    """
-    wanted = frozen.network.state_dict()
-    try:
-        # A source may have more: a pooler, a mask token.
-        frozen.network.load_state_dict({name: value for name, value in source.state.items() if name in wanted})
-    except RuntimeError as error:
-        raise ValueError(
-            f"The weights do not fit a frozen network of type {frozen.config.model_type!r}. {error}"
-        ) from error
-    frozen.is_trained = True

@@ -42,7 +42,7 @@ class FrozenTeacherMixin:
             OSError: If there is no such model.
         """
         # Here, because importing other networks takes seconds, which a method without a teacher does not need.
-        from .frozen import read_source, student_config
+        from .frozen_sources import read_source, student_config
 
         source = read_source(teacher)
         model = cls._from_config(student_config(source, cls.teacher_name, config or cls.config_class), **kwargs)
@@ -57,7 +57,7 @@ class FrozenTeacherMixin:
             source (`FrozenSource`): As `read_source` gives.
             new_encoder (`bool`, defaults to True): Whether the encoder is untrained.
         """
-        from .frozen import load_source
+        from .frozen_sources import load_source
 
         load_source(self.get_submodule(self.teacher_name), source)
 
