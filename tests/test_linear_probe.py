@@ -207,7 +207,7 @@ class TestScript:
     def results(self, out):
         return json.loads((out / "linear_probe.json").read_text())
 
-    @pytest.mark.parametrize("augment", [False, True])
+    @pytest.mark.parametrize("augment", [False, pytest.param(True, marks=pytest.mark.slow)])
     def test_two_processes_equal_one(self, encoder, folder, tmp_path, capsys, augment):
         flags = [f"--augment={augment}", "--per_device_train_batch_size=3", "--pooling=last_2"]
         assert main(self.flags(encoder, folder, tmp_path / "one", *flags)) == 0

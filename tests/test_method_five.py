@@ -15,7 +15,7 @@ RECORD = """
 from hf_mim.models.method import Method
 
 METHOD = Method(
-    model_type="toy", prefix="Toy", name="TOY", paper="Nobody, *A Toy*, 2026", package="toys",
+    model_type="toy", prefix="Toy", name="TOY", paper="Nobody, *A Toy*, 2026", citation="@misc{toy}", package="toys",
     presets={"tiny": {"mask_ratio": 0.5}}, schedules={"tiny": {"base_learning_rate": 0.03}}, frozen=None,
 )
 """
@@ -99,14 +99,15 @@ def test_a_toy_method_trains_is_told_and_loads(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "TOY: " in result.stdout
-    assert "Nobody, *A Toy*, 2026" in (tmp_path / "out" / "README.md").read_text()
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Nobody, *A Toy*, 2026" in card and "```bibtex\n@misc{toy}\n```" in card
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == "toy" and config["mask_ratio"] == 0.5
 
 
 def test_a_forgotten_field_fails_at_once():
     fields = {field.name: getattr(RECORDS["tec"], field.name) for field in dataclasses.fields(Method)}
-    for name in ("paper", "presets", "schedules", "frozen", "name", "prefix"):
+    for name in ("paper", "citation", "presets", "schedules", "frozen", "name", "prefix"):
         with pytest.raises(TypeError, match=name):
             Method(**{key: value for key, value in fields.items() if key != name})
     with pytest.raises(ValueError, match="has no paper"):

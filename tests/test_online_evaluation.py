@@ -106,6 +106,7 @@ def test_best_model_by_knn(folder, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "trainer_state.json").read_text())["best_global_step"] == 4
 
 
+@pytest.mark.slow
 def test_best_model_by_knn_of_two_processes(folder, tmp_path):
     flags = [*FLAGS, *STEPS, *BEST, "--save_total_limit=5", "--per_device_train_batch_size=2", f"--train_dir={folder}"]
     result = run(torchrun(RUN_MIM, *flags, f"--output_dir={tmp_path / 'two'}"))

@@ -211,6 +211,7 @@ def test_pictures_without_labels(models, tmp_path):
     assert "The data has no labels: RankMe" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_two_processes_write_one_report(folder, models, tmp_path):
     given = [f"--model_name_or_path={models / 'encoder'}", "--references=false"]
     assert main(flags(folder, tmp_path / "one", *given)) == 0

@@ -53,6 +53,12 @@ features = model(**processor(image, return_tensors="pt")).pooler_output  # (1, {
 ## How good the features are
 
 {results}
+
+## Citation
+
+```bibtex
+{citation}
+```
 """
 
 
@@ -79,6 +85,7 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
             method=method_name(config.model_type),
             use=(_USE_OF_BASELINE if baseline else _USE).format(name=name),
             rest=_REST_OF_BASELINE if baseline else _REST,
+            citation=RECORDS[config.model_type].citation,
             paper=RECORDS[config.model_type].paper,
             name=name,
             width=config.hidden_size,

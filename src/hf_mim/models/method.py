@@ -30,6 +30,7 @@ class Method:
         prefix (`str`): With which the names of its classes begin.
         name (`str`): As its paper writes it.
         paper (`str`): Authors, title, venue and year, for cards.
+        citation (`str`): The paper in BibTeX, for cards.
         presets (`dict`): By preset, the fields of its config that differ from the config's defaults besides the
             encoder's sizes.
         schedules (`dict`): By preset, the training arguments that differ from those of all methods.
@@ -45,6 +46,7 @@ class Method:
     prefix: str
     name: str
     paper: str
+    citation: str
     presets: dict[str, dict]
     schedules: dict[str, dict]
     frozen: FrozenPart | None
@@ -52,7 +54,7 @@ class Method:
     package: str = field(default="hf_mim.models")
 
     def __post_init__(self):
-        for name in ("model_type", "prefix", "name", "paper"):
+        for name in ("model_type", "prefix", "name", "paper", "citation"):
             if not getattr(self, name):
                 raise ValueError(f"The method {self.model_type!r} has no {name}.")
         unknown = sorted({*self.presets, *self.schedules} - set(PRESETS))

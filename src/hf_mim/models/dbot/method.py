@@ -2,11 +2,19 @@
 
 from ..method import FrozenPart, Method
 
+_CITATION = r"""@inproceedings{liu2024dbot,
+    title = {Exploring Target Representations for Masked Autoencoders},
+    author = {Liu, Xingbin and Zhou, Jinghao and Kong, Tao and Lin, Xianming and Ji, Rongrong},
+    booktitle = {International Conference on Learning Representations},
+    year = {2024}
+}"""
+
 METHOD = Method(
     model_type="dbot",
     prefix="DBOT",
     name="dBOT",
     paper="Liu et al., *Exploring Target Representations for Masked Autoencoders*, ICLR 2024",
+    citation=_CITATION,
     presets={
         "tiny": {
             "decoder_hidden_size": 64,

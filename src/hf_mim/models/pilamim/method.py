@@ -2,12 +2,20 @@
 
 from ..method import Method
 
+_CITATION = r"""@inproceedings{lee2024pilamim,
+    title = {PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image Modeling},
+    author = {Lee, Junmyeong and Hwang, Eui Jun and Cho, Sukmin and Park, Jong C.},
+    booktitle = {NeurIPS 2024 Workshop: Self-Supervised Learning},
+    year = {2024}
+}"""
+
 METHOD = Method(
     model_type="pilamim",
     prefix="PiLaMIM",
     name="PiLaMIM",
     paper="Lee et al., *PiLaMIM: Toward Richer Visual Representations by Integrating Pixel and Latent Masked Image "
     "Modeling*, NeurIPS 2024 Workshop: Self-Supervised Learning",
+    citation=_CITATION,
     presets={
         "tiny": {
             "decoder_hidden_size": 64,
