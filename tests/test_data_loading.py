@@ -912,6 +912,29 @@ def test_scenes_by_default(tmp_path):
     assert np.array_equal(splits.train[5].permute(1, 2, 0), np.array(drawn[5]["image"]))
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_scenes_are_annotated_where_asked_for(tmp_path, monkeypatch, kept):
+    from hf_mim.data.scenes import annotate_scene
+    from hf_mim.data.sources import scenes as source
+
+    monkeypatch.setattr(source, "_MAX_BYTES", 1 << 30 if kept else 0)
+    splits = load_images(args(max_train_samples=6, max_eval_samples=4, image_size=[32, 48], data_cache_dir=tmp_path))
+    assert splits.validation.mask_names == ["background", "sphere", "cube", "cylinder"]
+    # Annotations follow their pictures through a choice of some, whatever is forgotten of the labels.
+    chosen = splits.validation.select([3, 1])
+    chosen.keep_labels(["count"])
+    for index, scene in ((0, 3), (1, 1), (0, 3)):
+        item = chosen.annotated(index, ["mask", "instances", "depth", "boxes", "classes"])
+        known = annotate_scene(scene, split="validation", image_size=(32, 48))
+        assert torch.equal(item.pop("image"), splits.validation[scene])
+        assert item.keys() == vars(known).keys()
+        for name, value in item.items():
+            assert isinstance(value, torch.Tensor) and np.array_equal(value.numpy(), getattr(known, name))
+    assert chosen.annotated(0, []).keys() == {"image"}
+    with pytest.raises(KeyError, match="heat"):
+        chosen.annotated(0, ["heat"])
+
+
 # --- mean and standard deviation
 
 

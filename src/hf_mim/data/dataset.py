@@ -15,6 +15,8 @@ from .images import BrokenImageError, read_image
 
 logger = logging.get_logger(__name__)
 
+# The class of a mask's pixels that have none.
+IGNORED = 255
 # Pictures that `content_fingerprint` looks into.
 _SAMPLED = 256
 
@@ -30,6 +32,10 @@ class ImageDataset(Dataset):
             several classes or none of them (multi-label), to zeros and ones of shape `(len(values), num_classes)`, a
             row of -1 where it is not known.
         label_names: label name to the names of its classes.
+        annotations: name to what is known of a picture besides labels, by index, as arrays: `mask`, integers of shape
+            (height, width), the pixels' classes (`IGNORED` where there is none); `depth`, float32 of the same shape (0
+            where it is not known); `instances`, `boxes` and `classes` as `SceneAnnotations` has them.
+        mask_names: of the classes in `annotations["mask"]`.
         max_image_pixels (`int`, *optional*): as in `read_image`.
     """
 
@@ -41,6 +47,8 @@ class ImageDataset(Dataset):
         source: str,
         labels: dict[str, np.ndarray] | None = None,
         label_names: dict[str, list[str]] | None = None,
+        annotations: dict[str, Sequence] | None = None,
+        mask_names: list[str] | None = None,
         max_image_pixels: int | None = None,
     ):
         self.num_channels = num_channels
@@ -48,6 +56,8 @@ class ImageDataset(Dataset):
         self.max_image_pixels = max_image_pixels
         self.labels = {key: _label_column(column) for key, column in (labels or {}).items()}
         self.label_names = label_names or {}
+        self.annotations = annotations or {}
+        self.mask_names = mask_names
         self._values = values
         self._rows = np.arange(len(values))
 
@@ -58,6 +68,12 @@ class ImageDataset(Dataset):
         value = self.stored(index)
         name = self._name(index, value)
         return read_image(value, self.num_channels, name=name, max_image_pixels=self.max_image_pixels)
+
+    def annotated(self, index: int, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """The picture as `"image"`, and those of its annotations that are named. Raises KeyError where one is not."""
+        row = int(self._rows[index])
+        found = {name: torch.as_tensor(self.annotations[name][row]) for name in names}
+        return {"image": self[index]} | found
 
     def stored(self, index: int):
         """What `read_image` is given: a path, the bytes of a file, an array, or None where there is no picture."""

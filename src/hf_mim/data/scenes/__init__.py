@@ -14,9 +14,12 @@ Four labels, each an integer class (`SCENE_LABELS` has the names):
 * `shape` (3 classes) and `color` (8 classes) of that nearest solid, which is nearer than any other by `DEPTH_GAP` or
   more, so that the labels never hang on a hair.
 
+`annotate_scene` tells of every pixel which solid it shows, of which shape, and how far away that is.
+
 Importing this package costs numpy alone.
 """
 
+from .annotations import MASK_CLASSES, SceneAnnotations, annotate_scene
 from .dataset import SCENES_VERSION, scenes
 from .drawing import render_scene
 from .geometry import (
@@ -34,6 +37,7 @@ from .geometry import (
 __all__ = [
     "COLORS",
     "DISTANCE_EDGES",
+    "MASK_CLASSES",
     "MAX_OBJECTS",
     "MIN_OBJECTS",
     "SCENES_VERSION",
@@ -41,6 +45,8 @@ __all__ = [
     "SHAPES",
     "SPLITS",
     "Scene",
+    "SceneAnnotations",
+    "annotate_scene",
     "render_scene",
     "sample_scene",
     "scenes",

@@ -4,7 +4,7 @@ import numpy as np
 
 from .arithmetic import cos_sin, dot, exp_minus, norm
 from .geometry import COLORS, CUBE, CYLINDER, SPHERE
-from .surfaces import CORNERS, FAR, boxes_of_pixels, lay_out
+from .surfaces import CORNERS, FAR, boxes_of_pixels, ground_depth, lay_out
 
 # Radius of the ball that stands in for a solid of each shape, in units of its half height.
 _BULK = (1.0, 1.2, 1.1)
@@ -23,9 +23,7 @@ def light_ground(scene, height, width, focal):
     camera, axes = scene.camera.astype(np.float32), scene.axes.astype(np.float32)
     u = (np.arange(width, dtype=np.float32) + np.float32(0.5 - width / 2)) / np.float32(focal)
     v = ((np.arange(height, dtype=np.float32) + np.float32(0.5 - height / 2)) / np.float32(focal))[:, None]
-    # The camera is level from left to right, so that how far a ray goes to the ground depends on its row alone. Rays
-    # that rise are let meet it very far away, where it has long faded into the backdrop: no horizon is seen.
-    depth = camera[2] / np.maximum(-(axes[2, 2] + v * axes[1, 2]), np.float32(1e-3))
+    depth = ground_depth(scene, height, focal)[:, None]
     x = (camera[0] + depth * (axes[2, 0] + v * axes[1, 0])) + (depth * axes[0, 0]) * u
     y = (camera[1] + depth * (axes[2, 1] + v * axes[1, 1])) + (depth * axes[0, 1]) * u
     # A pool of light around the middle, a little towards the lamp.

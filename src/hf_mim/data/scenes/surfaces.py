@@ -84,6 +84,15 @@ def find_surfaces(scene, height, width, focal):
     return (row * width + column)[entry], many * np.float32(1 / rays), solid, normal, point
 
 
+def ground_depth(scene, height, focal):
+    """Depth at which each row of pixels meets the ground, float32 of shape (height,)."""
+    camera, axes = scene.camera.astype(np.float32), scene.axes.astype(np.float32)
+    v = (np.arange(height, dtype=np.float32) + np.float32(0.5 - height / 2)) / np.float32(focal)
+    # The camera is level from left to right, so that how far a ray goes to the ground depends on its row alone. Rays
+    # that rise are let meet it very far away, where it has long faded into the backdrop: no horizon is seen.
+    return camera[2] / np.maximum(-(axes[2, 2] + v * axes[1, 2]), np.float32(1e-3))
+
+
 def _meet_sphere(start, step):
     """Depths (t, rays) at which rays meet the unit sphere, FAR for those that miss.
 
