@@ -158,3 +158,29 @@ def evaluation_transform(processor, num_channels: int) -> Callable[..., torch.Te
         return batch["pixel_values"][0]
 
     return transform
+
+
+def annotation_transform(processor, num_channels: int) -> Callable[..., torch.Tensor]:
+    """What the processor does to where things are in a picture, for a map of its pixels: resizing and cropping.
+
+    Args:
+        processor, num_channels: as for `evaluation_transform`.
+
+    Returns:
+        callable: takes numbers (height, width), of each pixel of the picture, and gives those of the pixels of its
+        `pixel_values`, each one that of the nearest: float32 of shape `(height, width)` of the processor's size.
+    """
+
+    def transform(values) -> torch.Tensor:
+        values = torch.as_tensor(values).to(torch.float32).expand(num_channels, -1, -1).contiguous()
+        batch = processor(
+            values,
+            return_tensors="pt",
+            input_data_format="channels_first",
+            resample=PILImageResampling.NEAREST,
+            do_rescale=False,
+            do_normalize=False,
+        )
+        return batch["pixel_values"][0, 0]
+
+    return transform

@@ -1,5 +1,7 @@
 """A quick linear probe: logistic regression on frozen features."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -30,29 +32,55 @@ def linear_probe_accuracy(
         `float`: share of `test_labels`, in percent, that is got right; of several labels a picture the mean average
         precision.
     """
-    mean, std = train_features.mean(dim=0), train_features.std(dim=0, correction=0)
-    # A feature that never changes says nothing, and must not be divided by zero.
-    std = torch.where(std > 1e-6, std, 1.0)
-    train, test = (train_features - mean) / std, (test_features - mean) / std
     multi_label = train_labels.ndim == 2
     num_classes = train_labels.shape[1] if multi_label else int(max(train_labels.max(), test_labels.max())) + 1
-    targets = train_labels.to(train.dtype) if multi_label else train_labels
     cross_entropy = nn.functional.binary_cross_entropy_with_logits if multi_label else nn.functional.cross_entropy
-    weight = torch.zeros(num_classes, train.shape[1], requires_grad=True)
-    bias = torch.zeros(num_classes, requires_grad=True)
+    targets = train_labels.to(train_features.dtype) if multi_label else train_labels
+    weight, bias = fit_linear(
+        train_features, targets, num_classes, cross_entropy, weight_decay=weight_decay, max_iterations=max_iterations
+    )
+    logits = nn.functional.linear(test_features, weight, bias)
+    if multi_label:
+        return mean_average_precision(logits, test_labels)
+    predicted = logits.argmax(dim=1)
+    return 100.0 * (predicted == test_labels).double().mean().item()
+
+
+def fit_linear(
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    num_outputs: int,
+    loss_function: Callable = nn.functional.cross_entropy,
+    *,
+    weight_decay: float = 1e-3,
+    max_iterations: int = 100,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The linear layer of [`linear_probe_accuracy`], on the features as they are: it is fitted on standardised ones, and
+    their mean and deviation are folded in.
+
+    Args:
+        features (`torch.Tensor` of shape `(num, dim)`).
+        targets (`torch.Tensor`): What `loss_function(outputs, targets)` takes beside outputs of (num, num_outputs).
+
+    Returns:
+        Weights (num_outputs, dim) and biases (num_outputs,).
+    """
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    # A feature that never changes says nothing, and must not be divided by zero.
+    std = torch.where(std > 1e-6, std, 1.0)
+    features = (features - mean) / std
+    weight = torch.zeros(num_outputs, features.shape[1], device=features.device, requires_grad=True)
+    bias = torch.zeros(num_outputs, device=features.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=max_iterations, line_search_fn="strong_wolfe")
 
     def closure():
         optimizer.zero_grad()
-        loss = cross_entropy(nn.functional.linear(train, weight, bias), targets)
+        loss = loss_function(nn.functional.linear(features, weight, bias), targets)
         loss = loss + 0.5 * weight_decay * weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    with torch.no_grad():
-        logits = nn.functional.linear(test, weight, bias)
-    if multi_label:
-        return mean_average_precision(logits, test_labels)
-    predicted = logits.argmax(dim=1)
-    return 100.0 * (predicted == test_labels).double().mean().item()
+    weight = weight.detach() / std
+    return weight, bias.detach() - weight @ mean

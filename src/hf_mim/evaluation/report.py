@@ -122,6 +122,46 @@ def describe_results(results: dict) -> str:
     return f"k-NN / linear accuracy in % ({train} labelled pictures, tested on {test} held out{few}){notes}"
 
 
+def dense_table(results: dict) -> list[list[str]]:
+    """Rows of text, the head first, of what `evaluate_dense` gives."""
+    columns = {
+        "k-NN mIoU": ("knn_miou", ".1f"),
+        "linear mIoU": ("linear_miou", ".1f"),
+        "depth R2": ("depth_r2", ".1f"),
+        "RMSE": ("depth_rmse", ".3f"),
+        "delta_1": ("depth_delta1", ".1f"),
+    }
+    first = next(iter(results["features"].values()))
+    columns = {head: column for head, column in columns.items() if column[0] in first}
+    rows = [["patch features", *columns]]
+    for name, scores in results["features"].items():
+        rows.append(
+            [name, *("-" if scores[key] is None else format(scores[key], form) for key, form in columns.values())]
+        )
+    return rows
+
+
+def describe_dense(results: dict) -> str:
+    """What the numbers of `dense_table` are."""
+    parts = []
+    if "classes" in results:
+        parts.append(f"mean IoU over {len(results['classes'])} classes in %")
+    if "depth_r2" in next(iter(results["features"].values())):
+        parts.append("linear depth: R2 in % around the mean depth at each pixel, RMSE, and delta_1 in %")
+    return (
+        f"Frozen patches, judged at each pixel ({results['num_train']} training pictures, tested on "
+        f"{results['num_test']} held out): {'; '.join(parts)}"
+    )
+
+
+def described_tables(results: dict) -> list[tuple[str, list[list[str]]]]:
+    """All that `results` has: what the numbers are, and their table, head first; of pictures, then of patches."""
+    tables = [(describe_results(results), results_table(results))]
+    if results.get("dense"):
+        tables.append((describe_dense(results["dense"]), dense_table(results["dense"])))
+    return tables
+
+
 def few_pictures(number: int) -> str:
     """What to say beside an accuracy on so many pictures; nothing from 50 on."""
     if number >= _FEW:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..evaluation.report import describe_results, markdown_table, results_table
+from ..evaluation.report import described_tables, markdown_table
 from ..files import write_text
 from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, RECORDS, method_name
@@ -101,7 +101,9 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
 def _results(results: dict | None) -> str:
     if results is None:
         return "Not evaluated: the training data was a stream."
-    return f"{describe_results(results)}; RankMe of the held-out features.\n\n{markdown_table(results_table(results))}"
+    (what, first), *others = described_tables(results)
+    parts = [f"{what}; RankMe of the held-out features.\n\n{markdown_table(first)}"]
+    return "\n\n".join(parts + [f"{what}.\n\n{markdown_table(rows)}" for what, rows in others])
 
 
 _CLASSIFIER_TEMPLATE = """---

@@ -14,12 +14,13 @@ from ..data.loading import ImageSplits, check_images, load_images, resolve_mean_
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.transforms import PretrainingTransform
 from ..evaluation.attentive_probe import evaluate_attentively
+from ..evaluation.dense import DENSE_PICTURE, annotated_maps, evaluate_dense, raw_patches
 from ..evaluation.encoders import FeatureEncoder, RawPixels
 from ..evaluation.features import extract_features, labelled_splits, shared_labels
 from ..evaluation.online import OnlineEvaluation
-from ..evaluation.pictures import draw_loss_curves, draw_shares
-from ..evaluation.report import RAW_PIXELS, describe_results, evaluate_features, results_table, text_table
-from ..files import replacing, write_json
+from ..evaluation.pictures import draw_loss_curves, draw_shares, label_rows
+from ..evaluation.report import RAW_PIXELS, described_tables, evaluate_features, text_table
+from ..files import replacing, save_picture, write_json
 from ..hub.cards import write_card
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
@@ -280,6 +281,7 @@ def write_results(
     config = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).config
     if results is not None:
         write_json(folder / "features.json", results)
+        drawn += [folder / DENSE_PICTURE] if "dense" in results else []
         say("\n" + format_results(results))
     name = trainer.args.hub_model_id or str(folder)
     write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results)
@@ -318,12 +320,19 @@ def evaluate(folders: dict[str, str], config, pictures: ImageSplits, processor, 
     results = evaluate_features(*features, *labels)
     encoders.pop(RAW_PIXELS, None)
     attentive = evaluate_attentively(encoders, *splits, *labels, processor, device=args.device, **how)
-    return results | {"attentive": attentive}
+    results |= {"attentive": attentive}
+    # Of a sample of the patches, which takes seconds: not shared out over the processes.
+    if PartialState().is_main_process and annotated_maps(*splits):
+        references = raw_patches(as_pair(config.patch_size)) if args.references else {}
+        dense, rows = evaluate_dense(references | encoders, *splits, processor, **how)
+        results |= {"dense": dense}
+        save_picture(Path(args.output_dir) / DENSE_PICTURE, label_rows(rows))
+    return results
 
 
 def format_results(results: dict) -> str:
-    """The results as a table for the terminal."""
-    return f"{describe_results(results)}\n{text_table(results_table(results))}"
+    """The results as tables for the terminal."""
+    return "\n\n".join(f"{what}\n{text_table(rows)}" for what, rows in described_tables(results))
 
 
 def describe_stage(trainer: MIMTrainer, pictures: ImageSplits) -> str:

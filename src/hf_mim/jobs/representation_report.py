@@ -15,6 +15,7 @@ from ..data.image_processing import evaluation_transform
 from ..data.transforms import sample_generator
 from ..evaluation.attentive_probe import evaluate_attentively
 from ..evaluation.batches import transformed_pictures
+from ..evaluation.dense import DENSE_PICTURE, DENSE_ROWS, annotated_maps, evaluate_dense, raw_patches
 from ..evaluation.encoders import RawPixels, blocks_read, untrained_encoder
 from ..evaluation.features import Features, extract_features, labelled_splits, shared_labels
 from ..evaluation.pictures import label_rows, to_rgb, unnormalise
@@ -22,9 +23,9 @@ from ..evaluation.properties import draw_attention_distances, draw_singular_shar
 from ..evaluation.report import (
     RAW_PIXELS,
     describe_results,
+    described_tables,
     evaluate_features,
     markdown_table,
-    results_table,
     text_table,
 )
 from ..evaluation.representation import (
@@ -37,6 +38,7 @@ from ..evaluation.representation import (
     require_sklearn,
 )
 from ..files import save_picture, write_json, write_text
+from ..models.vit.sizes import as_pair
 from ..registry import method_class
 from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
@@ -137,7 +139,10 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     results = evaluate_features(*features, train_labels, test_labels) | {"attentive": attentive}
-    say("\n" + describe_results(results) + "\n" + text_table(results_table(results)))
+    dense, dense_rows = _dense(subjects, splits, args)
+    results |= {"dense": dense} if dense else {}
+    for what, rows in described_tables(results):
+        say(f"\n{what}\n{text_table(rows)}")
     data = data_args.dataset_name or data_args.train_dir or "scenes (embedded)"
     settings = {"models": {name: subject.name for name, subject in subjects.items()}, "data": data, "seed": args.seed}
     # Before the pictures, so that numbers are kept whatever comes of these.
@@ -150,6 +155,9 @@ def report(args: ReportArguments, data_args: DataArguments) -> int:
         if chosen is not None:
             drawn = _tsne(folder, args, features[1], list(subjects), test_labels, test.label_names, *chosen)
             sections += [drawn] if drawn is not None else []
+    if dense:
+        save_picture(folder / DENSE_PICTURE, label_rows(dense_rows))
+        sections.append(("Segmentation and depth", DENSE_PICTURE, "What linear layers on frozen patches tell."))
     sections += _sheets(folder, args, subjects, {name: pair[1] for name, pair in splits.items()})
     properties = _properties(subjects, {name: pair[1] for name, pair in splits.items()})
     sections += _property_plots(folder, properties)
@@ -245,6 +253,33 @@ def _attentive(subjects: dict[str, Subject], splits, train_labels, test_labels, 
         )
         results = found | {"accuracy": results.get("accuracy", {}) | found["accuracy"]}
     return results
+
+
+def _dense(subjects: dict[str, Subject], splits, args: ReportArguments) -> tuple[dict, dict[str, np.ndarray]]:
+    """`evaluate_dense` of every model, after references where they are asked for; empty where there is no truth."""
+    results, rows = {}, {}
+    if not annotated_maps(*next(iter(splits.values()))):
+        return results, rows
+    for number, (name, subject) in enumerate(subjects.items()):
+        encoders = {name: subject.encoder}
+        if args.references:
+            encoders = {f"{name} untrained": untrained_encoder(subject.encoder, args.seed)} | encoders
+            if number == 0:
+                encoders = raw_patches(as_pair(subject.encoder.model.config.patch_size)) | encoders
+        found, drawn = evaluate_dense(
+            encoders,
+            *splits[name],
+            subject.processor,
+            num_shown=args.num_shown,
+            batch_size=args.per_device_eval_batch_size,
+            num_workers=args.dataloader_num_workers,
+            bf16=args.bf16,
+            seed=args.seed,
+        )
+        results = found | {"features": results.get("features", {}) | found["features"]}
+        rows |= drawn
+    # What is told of one thing side by side.
+    return results, dict(sorted(rows.items(), key=lambda row: DENSE_ROWS.index(row[0].split(":")[0])))
 
 
 def _tsne(
@@ -373,7 +408,10 @@ def _reconstruct(subject: Subject, pixel_values: torch.Tensor, seed: int) -> tup
 def _readme(args, models: dict[str, str], data: str, results: dict, sections) -> str:
     lines = ["# Representation report", "", f"Data: {data}. {describe_results(results)}.", ""]
     lines += [f"- {name}: `{path}`" for name, path in models.items()]
-    lines += ["", markdown_table(results_table(results)), ""]
+    (what, first), *others = described_tables(results)
+    lines += ["", markdown_table(first), ""]
+    for what, rows in others:
+        lines += [f"{what}.", "", markdown_table(rows), ""]
     if args.references:
         lines += ["Untrained: the same network before training. RankMe: effective rank of the held-out features.", ""]
     for title, file, caption in sections:
