@@ -924,7 +924,7 @@ class TestEveryMethod:
             ({"mask_ratio": 1e-17}, "1e-17 keeps 48 of 48 patches.*nothing to predict.*Choose"),
             ({"hidden_size": 30}, "hidden_size is 30.*multiple of 4.*learned"),
             ({"pooling": "max"}, "pooling is 'max'.*cls.*mean"),
-            ({"position_embedding": "rotary"}, "position_embedding is 'rotary'.*sincos.*learned"),
+            ({"position_embedding": "rotating"}, "position_embedding is 'rotating'.*sincos.*learned.*rotary"),
             ({"drop_path_rate": 1.0}, r"drop_path_rate is 1.0.*\[0, 1\)"),
             ({"drop_path_rate": -0.5}, r"drop_path_rate is -0.5.*\[0, 1\)"),
         ],

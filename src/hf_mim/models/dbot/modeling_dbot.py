@@ -16,6 +16,7 @@ from ..vit.modeling_vit import (
     MaskedViTModel,
     refuse_unknown,
     with_encoder,
+    without_registers,
 )
 from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.teachers import FrozenTeacherMixin
@@ -104,7 +105,8 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
         refuse_unknown(self, kwargs)
         masking = self.masking(pixel_values, noise)
         student = self.encoder(pixel_values, ids_keep=masking.ids_keep, return_dict=True, **kwargs)
-        predictions = self.decoder(student.last_hidden_state, masking.ids_restore).float()
+        seen = without_registers(student.last_hidden_state, self.config)
+        predictions = self.decoder(seen, masking.ids_restore).float()
         targets = self.teacher_targets(pixel_values)
         loss = self.masked_smooth_l1(predictions, targets, masking.mask)
         return DBOTForPreTrainingOutput(

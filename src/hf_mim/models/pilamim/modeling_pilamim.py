@@ -14,6 +14,7 @@ from ..vit.modeling_vit import (
     patchify,
     refuse_unknown,
     with_encoder,
+    without_registers,
 )
 from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.sizes import as_pair
@@ -102,8 +103,9 @@ class PiLaMIMForPreTraining(AveragedTeacherMixin, MaskedViTForPreTraining):
         context = self.encoder(pixel_values, ids_keep=masking.ids_keep, return_dict=True, **kwargs)
         with torch.no_grad():
             target = self.target_encoder(pixel_values, return_dict=True).last_hidden_state.float()
-        pixels = self.pixel_decoder(context.last_hidden_state, masking.ids_restore)[:, 1:].float()
-        latents = self.latent_decoder(context.last_hidden_state, masking.ids_restore).float()
+        seen, target = (without_registers(tokens, self.config) for tokens in (context.last_hidden_state, target))
+        pixels = self.pixel_decoder(seen, masking.ids_restore)[:, 1:].float()
+        latents = self.latent_decoder(seen, masking.ids_restore).float()
 
         loss_pixel = self.masked_mean_square(pixels - self.pixel_targets(pixel_values), masking.mask)
         loss_latent = self.masked_mean_square(latents[:, 1:] - target[:, 1:], masking.mask)

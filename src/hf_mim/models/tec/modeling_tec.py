@@ -24,6 +24,7 @@ from ..vit.modeling_vit import (
     pool,
     refuse_unknown,
     with_encoder,
+    without_registers,
 )
 from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.teachers import FrozenTeacherMixin
@@ -308,6 +309,7 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
         adapted = context.last_hidden_state
         if self.encoder_adapter is not None:
             adapted = self.encoder_adapter(block_outputs(context))
+        adapted = without_registers(adapted, self.config)
 
         base = self.base(pixel_values, num_last_layers=self.config.feature_layers)
         target_features = self.feature_targets(base.last_hidden_states)

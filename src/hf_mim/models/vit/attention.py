@@ -10,6 +10,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .position import rotate_patches
+
 
 def eager_attention(
     module: nn.Module,
@@ -54,17 +56,21 @@ class MaskedViTAttention(nn.Module):
         # Read by the implementations.
         self.is_causal = False
         self.q_proj = nn.Linear(width, width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, width, bias=config.qkv_bias and config.key_bias)
         self.v_proj = nn.Linear(width, width, bias=config.qkv_bias)
         self.o_proj = nn.Linear(width, width)
         # The releases have one map for all three, and initialise it as such.
         for projection in (self.q_proj, self.k_proj, self.v_proj):
             projection.fused_maps = 3
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`).
+            rotary (pair of `torch.Tensor`, *optional*): By which the queries and keys of the last tokens, the patches,
+                are turned; as `rotary_table` gives it.
 
         Returns:
             The same shape, and the weights (batch_size, heads, length, length) where the implementation has them.
@@ -73,6 +79,8 @@ class MaskedViTAttention(nn.Module):
             projection(hidden_states).unflatten(2, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if rotary is not None:
+            query, key = rotate_patches(query, *rotary), rotate_patches(key, *rotary)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
@@ -80,13 +88,19 @@ class MaskedViTAttention(nn.Module):
 
 
 class MaskedViTMLP(nn.Module):
-    """Two linear maps with an activation between, from `width` to `hidden` and back."""
+    """
+    Two linear maps with an activation between, from `width` to `hidden` and back; with `gated` the activation is of a
+    third map, by which the first is multiplied (SwiGLU, where it is SiLU).
+    """
 
-    def __init__(self, width: int, hidden: int, activation: str):
+    def __init__(self, width: int, hidden: int, activation: str, gated: bool = False):
         super().__init__()
+        self.gate = nn.Linear(width, hidden) if gated else None
         self.fc1 = nn.Linear(width, hidden)
         self.activation_fn = ACT2FN[activation]
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate is not None:
+            return self.fc2(self.activation_fn(self.gate(hidden_states)) * self.fc1(hidden_states))
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))

@@ -7,6 +7,13 @@ from transformers.backbone_utils import BackboneConfigMixin
 from ..presets import FromPreset
 from .sizes import as_pair
 
+# How position tables are interpolated: ViT's way, that of DINOv2 with registers and timm, and SigLIP 2's.
+INTERPOLATIONS = {
+    "bicubic": {"mode": "bicubic"},
+    "bicubic_antialias": {"mode": "bicubic", "antialias": True},
+    "bilinear_antialias": {"mode": "bilinear", "antialias": True},
+}
+
 
 @strict
 class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
@@ -27,8 +34,18 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
         patch_size (`int` or pair (height, width), defaults to 16): Pixels of a patch; must divide `image_size`.
         num_channels (`int`, defaults to 3): Channels of the input, any number.
         qkv_bias (`bool`, defaults to True): Whether queries, keys and values have a bias.
-        position_embedding (`str`, defaults to `"sincos"`): `"sincos"`, the fixed table in MAE's layout, or
-            `"learned"`, a trained table.
+        key_bias (`bool`, defaults to True): Whether, with `qkv_bias`, keys have one too; DINOv3's have none.
+        use_gated_mlp (`bool`, defaults to False): Whether the encoder's MLPs are gated (SwiGLU where `hidden_act` is
+            "silu"), as those of the largest DINOv2 and DINOv3.
+        embedding_layernorm (`bool`, defaults to False): Whether a LayerNorm precedes the first block, as in CLIP.
+        num_register_tokens (`int`, defaults to 0): Trained tokens between [CLS] and the patches, without positions.
+            Decoders and losses do not see them.
+        position_embedding (`str`, defaults to `"sincos"`): `"sincos"`, the fixed table in MAE's layout; `"learned"`,
+            a trained table; or `"rotary"`, DINOv3's rotary positions of the patches in every block of the encoder
+            (its decoders have the fixed table).
+        rope_theta (`float`, defaults to 100.0): Base of the frequencies of rotary positions.
+        position_interpolation (`str`, defaults to `"bicubic"`): How a table is interpolated to another patch grid:
+            `"bicubic"`, `"bicubic_antialias"` or `"bilinear_antialias"`.
         sincos_grid (pair (rows, columns), *optional*): The patch grid that the fixed table is made for, from which it
             is interpolated to the image's own, as in an encoder that goes on at another image size. The image's own
             grid if None.
@@ -57,7 +74,13 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     patch_size: int | list[int] | tuple[int, int] = 16
     num_channels: int = 3
     qkv_bias: bool = True
+    key_bias: bool = True
+    use_gated_mlp: bool = False
+    embedding_layernorm: bool = False
+    num_register_tokens: int = 0
     position_embedding: str = "sincos"
+    rope_theta: float | int = 100.0
+    position_interpolation: str = "bicubic"
     sincos_grid: list[int] | tuple[int, int] | None = None
     use_cls_token: bool = True
     pooling: str = "cls"
@@ -99,8 +122,8 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix(self) -> int:
-        """Tokens before the patches: 1, [CLS], or 0."""
-        return int(self.use_cls_token)
+        """Tokens of the encoder before the patches: [CLS], where there is one, and registers."""
+        return int(self.use_cls_token) + self.num_register_tokens
 
     def for_next_stage(self) -> "MaskedViTConfig":
         """
@@ -130,8 +153,22 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
                     f"patch size, for example {nearest}, or another patch_size."
                 )
         check_heads("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
-        if self.position_embedding not in ("sincos", "learned"):
-            raise ValueError(f'position_embedding is {self.position_embedding!r}; expected "sincos" or "learned".')
+        if self.num_register_tokens < 0:
+            raise ValueError(f"num_register_tokens is {self.num_register_tokens}; expected 0 or more.")
+        if self.position_embedding not in ("sincos", "learned", "rotary"):
+            raise ValueError(
+                f'position_embedding is {self.position_embedding!r}; expected "sincos", "learned" or "rotary".'
+            )
+        if self.position_embedding == "rotary" and (self.hidden_size // self.num_attention_heads) % 4:
+            raise ValueError(
+                f"A head has {self.hidden_size // self.num_attention_heads} channels (hidden_size {self.hidden_size}, "
+                f"num_attention_heads {self.num_attention_heads}); rotary positions need a multiple of 4."
+            )
+        if not self.rope_theta > 0:
+            raise ValueError(f"rope_theta is {self.rope_theta}; expected a number above 0, for example 100.")
+        if self.position_interpolation not in INTERPOLATIONS:
+            expected = ", ".join(f'"{name}"' for name in INTERPOLATIONS)
+            raise ValueError(f"position_interpolation is {self.position_interpolation!r}; expected one of {expected}.")
         if self.position_embedding == "sincos" and self.hidden_size % 4:
             raise ValueError(
                 f"hidden_size is {self.hidden_size}; fixed sin-cos positions need a multiple of 4. Choose one, or set "
@@ -193,7 +230,7 @@ class MaskedAutoencoderConfig(MaskedViTConfig):
             "decoder_num_attention_heads",
             self.decoder_num_attention_heads,
         )
-        if self.position_embedding == "sincos" and self.decoder_hidden_size % 4:
+        if self.position_embedding != "learned" and self.decoder_hidden_size % 4:
             raise ValueError(
                 f"decoder_hidden_size is {self.decoder_hidden_size}; fixed sin-cos positions need a multiple of 4."
             )

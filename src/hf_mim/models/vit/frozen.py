@@ -18,7 +18,7 @@ from .configuration_vit import MaskedViTConfig
 from .frozen_layouts import Layout, frozen_config, layout_of
 from .modeling_vit import MaskedViTModel
 from .pixels import PixelRenormalization
-from .position import sincos_position_table
+from .position import rotate, sincos_position_table
 from .sizes import as_pair
 
 logger = logging.get_logger(__name__)
@@ -62,7 +62,7 @@ class LastAttention:
         if self.keys is None:
             self.inputs = self.norm(self.hidden_states)
             keys = self._split_heads(self.project_key(self.inputs[:, self.num_prefix :]))
-            self.keys = keys if self.rotary is None else _rotate(keys, *self.rotary)
+            self.keys = keys if self.rotary is None else rotate(keys, *self.rotary)
         # Registers stand between [CLS] and the patches.
         places = torch.where(rows > 0, rows + self.num_prefix - 1, rows)
         samples = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
@@ -71,7 +71,7 @@ class LastAttention:
             cos, sin = self.rotary
             # [CLS] is not turned: angle 0.
             cos, sin = torch.cat((torch.ones_like(cos[:1]), cos)), torch.cat((torch.zeros_like(sin[:1]), sin))
-            queries = _rotate(queries, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
+            queries = rotate(queries, cos[rows].unsqueeze(1), sin[rows].unsqueeze(1))
         return attention_products(queries, self.keys) * queries.shape[-1] ** -0.5
 
     def _split_heads(self, projected: torch.Tensor) -> torch.Tensor:
@@ -85,11 +85,6 @@ def attention_products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tenso
         return queries.float() @ keys.float().transpose(2, 3)
     with torch.autocast(queries.device.type, enabled=False):
         return queries.float() @ keys.float().transpose(2, 3)
-
-
-def _rotate(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    first, second = vectors.chunk(2, dim=-1)
-    return vectors * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 @dataclass
@@ -235,6 +230,10 @@ class FrozenViT(nn.Module):
             hidden_states = network.embeddings(pixel_values)
             rotary = network.rope_embeddings(pixel_values)
             arguments = {"position_embeddings": rotary}
+        elif isinstance(network, MaskedViTModel):
+            hidden_states = network.embeddings(pixel_values)
+            rotary = network.embeddings.rotary(pixel_values)
+            arguments = {"rotary": rotary}
         else:
             hidden_states = network.embeddings(pixel_values)
             if kind == "clip_vision_model":

@@ -71,7 +71,13 @@ def frozen_config(described, student: MaskedViTConfig) -> PreTrainedConfig:
                 "hidden_act",
                 "layer_norm_eps",
                 "qkv_bias",
+                "key_bias",
+                "use_gated_mlp",
+                "embedding_layernorm",
+                "num_register_tokens",
                 "position_embedding",
+                "rope_theta",
+                "position_interpolation",
             )
         }
     if isinstance(described, Mapping):

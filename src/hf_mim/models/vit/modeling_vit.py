@@ -30,7 +30,7 @@ from .attention import MaskedViTAttention, MaskedViTMLP
 from .configuration_vit import MaskedViTConfig
 from .masking import restore_order
 from .pixels import PixelRenormalization
-from .position import fixed_position_table, interpolate_position_table, select_positions
+from .position import fixed_position_table, interpolate_position_table, rotary_table, select_positions
 from .sizes import as_pair
 from .transfer import refuse_other_positions
 
@@ -91,20 +91,28 @@ class MaskedViTPatchEmbeddings(nn.Module):
 
 
 class MaskedViTEmbeddings(nn.Module):
-    """Patch tokens with positions, hidden patches left out, [CLS] in front."""
+    """Patch tokens with positions, hidden patches left out, [CLS] and registers in front."""
 
     def __init__(self, config: MaskedViTConfig):
         super().__init__()
         self.config = config
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_cls_token else None
+        width = config.hidden_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.use_cls_token else None
+        registers = config.num_register_tokens
+        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
         self.patch_embeddings = MaskedViTPatchEmbeddings(config)
-        add_position_table(self, config, config.hidden_size)
+        if config.position_embedding == "rotary":
+            self.position_embeddings = None
+        else:
+            add_position_table(self, config, width)
+        normed = config.embedding_layernorm
+        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if normed else nn.Identity()
 
-    def positions(self, height: int, width: int, interpolate: bool) -> torch.Tensor:
-        """The position table (1, num_prefix + L, hidden_size) for pictures of `height` x `width` pixels."""
+    def grid(self, height: int, width: int, interpolate: bool) -> tuple[int, int]:
+        """The patch grid (rows, columns) of pictures of `height` x `width` pixels."""
         patch_height, patch_width = as_pair(self.config.patch_size)
         if (height, width) == as_pair(self.config.image_size):
-            return self.position_embeddings
+            return self.config.grid_size
         if not interpolate:
             expected = as_pair(self.config.image_size)
             raise ValueError(
@@ -116,8 +124,18 @@ class MaskedViTEmbeddings(nn.Module):
                 f"{height} x {width} pixels are not divisible by the patch size {patch_height} x {patch_width} "
                 "(height x width). Resize the pictures to multiples of it."
             )
-        new_grid = (height // patch_height, width // patch_width)
-        return interpolate_position_table(self.position_embeddings, self.config.grid_size, new_grid)
+        return height // patch_height, width // patch_width
+
+    def rotary(
+        self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """What turns the queries and keys of the patches `ids_keep`, by [`rotary_table`]; None without it."""
+        config = self.config
+        if config.position_embedding != "rotary":
+            return None
+        grid = self.grid(*pixel_values.shape[2:], interpolate=True)
+        head_dim = config.hidden_size // config.num_attention_heads
+        return rotary_table(grid, head_dim, config.rope_theta, ids_keep, pixel_values.device)
 
     def class_token(self) -> torch.Tensor:
         """[CLS] before its position is added, (1, 1, hidden_size)."""
@@ -134,14 +152,20 @@ class MaskedViTEmbeddings(nn.Module):
                 f"pixel_values has the shape {tuple(pixel_values.shape)}; expected (batch_size, "
                 f"{self.config.num_channels}, height, width). Check the pictures' channels against num_channels."
             )
-        dtype, num_prefix = self.patch_embeddings.projection.weight.dtype, self.config.num_prefix
-        table = self.positions(*pixel_values.shape[2:], interpolate_pos_encoding)
-        positions = select_positions(table, ids_keep, num_prefix)
-        tokens = (self.patch_embeddings(pixel_values, ids_keep) + positions[:, num_prefix:]).to(dtype)
-        if self.cls_token is None:
-            return tokens
-        cls = (self.class_token() + table[:, :1]).expand(tokens.shape[0], -1, -1)
-        return torch.cat((cls.to(dtype), tokens), dim=1)
+        dtype, num_cls = self.patch_embeddings.projection.weight.dtype, int(self.config.use_cls_token)
+        grid = self.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
+        tokens, prefix = self.patch_embeddings(pixel_values, ids_keep), []
+        if self.cls_token is not None:
+            prefix.append(self.class_token())
+        if self.position_embeddings is not None:
+            table, how = self.position_embeddings, self.config.position_interpolation
+            table = interpolate_position_table(table, self.config.grid_size, grid, how)
+            tokens = tokens + select_positions(table, ids_keep, num_cls)[:, num_cls:]
+            prefix = [cls + table[:, :1] for cls in prefix]
+        if self.register_tokens is not None:
+            prefix.append(self.register_tokens)
+        prefix = [token.expand(tokens.shape[0], -1, -1).to(dtype) for token in prefix]
+        return self.layernorm(torch.cat((*prefix, tokens.to(dtype)), dim=1) if prefix else tokens.to(dtype))
 
 
 class MaskedViTLayer(GradientCheckpointingLayer):
@@ -152,14 +176,21 @@ class MaskedViTLayer(GradientCheckpointingLayer):
         self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = MaskedViTAttention(config)
         self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MaskedViTMLP(config.hidden_size, config.intermediate_size, config.hidden_act)
+        self.mlp = MaskedViTMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.use_gated_mlp)
         self.drop_path = StochasticDepth(drop_path_rate, mode="row") if drop_path_rate > 0.0 else nn.Identity()
 
     def forward(
-        self, hidden_states: torch.Tensor, weights: list[torch.Tensor] | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        weights: list[torch.Tensor] | None = None,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
     ) -> torch.Tensor:
-        """`weights`, where it is given, gets the attention weights, if the implementation has them."""
-        attention, attended = self.attention(self.layernorm_before(hidden_states), **kwargs)
+        """
+        `weights`, where it is given, gets the attention weights, if the implementation has them; `rotary` turns the
+        patches' queries and keys.
+        """
+        attention, attended = self.attention(self.layernorm_before(hidden_states), rotary, **kwargs)
         if weights is not None and attended is not None:
             weights.append(attended)
         hidden_states = hidden_states + self.drop_path(attention)
@@ -187,7 +218,8 @@ class DecoderSizes:
         self.intermediate_size = config.decoder_intermediate_size
         self.hidden_act = config.hidden_act
         self.layer_norm_eps = config.layer_norm_eps
-        self.qkv_bias = config.qkv_bias
+        self.qkv_bias, self.key_bias = config.qkv_bias, config.key_bias
+        self.use_gated_mlp = False
         self.attention_probs_dropout_prob = config.attention_probs_dropout_prob
 
     @property
@@ -206,7 +238,7 @@ class MaskedViTDecoder(nn.Module):
     def __init__(self, config, output_size: int, drop_path_rate: float = 0.0):
         super().__init__()
         sizes = DecoderSizes(config)
-        self.num_prefix = config.num_prefix
+        self.num_cls = int(config.use_cls_token)
         self.embed = nn.Linear(config.hidden_size, sizes.hidden_size)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, sizes.hidden_size))
         add_position_table(self, config, sizes.hidden_size)
@@ -220,18 +252,18 @@ class MaskedViTDecoder(nn.Module):
     ) -> torch.Tensor:
         """
         Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, num_prefix + num_keep, hidden_size)`): The encoder's
-                output.
+            hidden_states (`torch.Tensor` of shape `(batch_size, num_cls + num_keep, hidden_size)`): The encoder's
+                output, without registers.
             ids_restore (`torch.LongTensor` of shape `(batch_size, length)`): Which of the kept patches and, after
                 them, mask tokens stands at each place of the sequence; `Masking.ids_restore` for the whole grid.
             ids_patch (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The patch, kept or to be
                 predicted, whose position that place has; the whole grid in row-major order if None.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_prefix + length, output_size)`, [CLS] first where there is one.
+            `torch.Tensor` of shape `(batch_size, num_cls + length, output_size)`, [CLS] first where there is one.
         """
-        hidden_states = restore_order(self.embed(hidden_states), self.mask_token, ids_restore, self.num_prefix)
-        positions = select_positions(self.position_embeddings, ids_patch, self.num_prefix)
+        hidden_states = restore_order(self.embed(hidden_states), self.mask_token, ids_restore, self.num_cls)
+        positions = select_positions(self.position_embeddings, ids_patch, self.num_cls)
         hidden_states = hidden_states + positions.to(hidden_states.dtype)
         for layer in self.layers:
             hidden_states = layer(hidden_states)
@@ -240,13 +272,13 @@ class MaskedViTDecoder(nn.Module):
 
 def add_position_table(module: nn.Module, config: MaskedViTConfig, dim: int) -> None:
     """
-    Gives `module` its `position_embeddings` (1, num_prefix + L, dim): a trained parameter, or the fixed table.
+    Gives `module` its `position_embeddings` (1, num_cls + L, dim): a trained parameter, or the fixed table.
 
     The fixed table is a buffer that is not saved: it follows from the config. [`MaskedViTPreTrainedModel`] writes it
     again after loading, where it would otherwise hold uninitialised memory.
     """
     if config.position_embedding == "learned":
-        module.position_embeddings = nn.Parameter(torch.zeros(1, config.num_prefix + config.num_patches, dim))
+        module.position_embeddings = nn.Parameter(torch.zeros(1, int(config.use_cls_token) + config.num_patches, dim))
     else:
         table = fixed_position_table(config, dim)
         # Moved to the default device, which is "meta" while a model is being loaded.
@@ -309,6 +341,8 @@ class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
             super()._init_weights(module)
         if isinstance(module, MaskedViTEmbeddings) and module.cls_token is not None:
             init.normal_(module.cls_token, std=self.config.initializer_range)
+        if isinstance(module, MaskedViTEmbeddings) and module.register_tokens is not None:
+            init.normal_(module.register_tokens, std=self.config.initializer_range)
         if hasattr(module, "mask_token"):
             init.normal_(module.mask_token, std=self.config.initializer_range)
         if isinstance(module, PixelRenormalization):
@@ -337,8 +371,12 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         return self.embeddings.patch_embeddings
 
     def vit_state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights of the same encoder as transformers' `ViTModel`, position table included."""
-        return self.state_dict() | {"embeddings.position_embeddings": self.embeddings.position_embeddings}
+        """
+        The weights of the same encoder under the names of transformers' `ViTModel`, position table included where
+        there is one.
+        """
+        table = self.embeddings.position_embeddings
+        return self.state_dict() | ({} if table is None else {"embeddings.position_embeddings": table})
 
     @torch.no_grad()
     def load_vit_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
@@ -347,12 +385,17 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
 
         Raises:
             RuntimeError: If names or shapes differ.
-            ValueError: If it has learned positions and this one the fixed table.
+            ValueError: If it has learned positions and this one the fixed table, or only one of both has a table.
         """
-        own = self.state_dict()
+        own, table = self.state_dict(), self.embeddings.position_embeddings
+        if (table is None) == ("embeddings.position_embeddings" in weights):
+            raise ValueError(
+                f"One encoder has a table of positions and the other rotary positions: position_embedding is "
+                f'"{self.config.position_embedding}" here. Build both with the same.'
+            )
         fixed = {"embeddings.position_embeddings"} - set(own)
         for name in fixed & set(weights):
-            refuse_other_positions(self.embeddings.position_embeddings, weights[name], "the other encoder")
+            refuse_other_positions(table, weights[name], "the other encoder")
         plain = set(self.vit_state_dict())
         kept = {name: value for name, value in own.items() if name not in plain}
         self.load_state_dict({name: value for name, value in weights.items() if name not in fixed} | kept)
@@ -381,8 +424,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, num_prefix + L, hidden_size) after the final
-            LayerNorm, [CLS] first where there is one; `pooler_output` (batch_size, hidden_size) by `config.pooling`;
-            and, when asked for, `hidden_states` and `attentions` (the latter with `attn_implementation="eager"`).
+            LayerNorm, [CLS] first where there is one, then registers, then the patches; `pooler_output` (batch_size,
+            hidden_size) by `config.pooling`; and, when asked for, `hidden_states` and `attentions` (the latter with
+            `attn_implementation="eager"`).
 
         Raises:
             ValueError: If the channels or the picture's size are not those of the config.
@@ -394,11 +438,12 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         hidden_states = self.embeddings(pixel_values, ids_keep, interpolate_pos_encoding)
+        rotary = self.embeddings.rotary(pixel_values, ids_keep)
         # Collected here and not by transformers' hooks, which are installed at the first call that asks: torch.compile
         # cannot trace that.
         states, weights = [hidden_states], []
         for layer in self.layers:
-            hidden_states = layer(hidden_states, weights if output_attentions else None, **kwargs)
+            hidden_states = layer(hidden_states, weights if output_attentions else None, rotary, **kwargs)
             states.append(hidden_states)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(
@@ -412,6 +457,13 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
 def pool(tokens: torch.Tensor, config: MaskedViTConfig) -> torch.Tensor:
     """[CLS] or the mean of the patches (batch_size, hidden_size), by `config.pooling`, of an encoder's tokens."""
     return tokens[:, 0] if config.pooling == "cls" else tokens[:, config.num_prefix :].mean(dim=1)
+
+
+def without_registers(tokens: torch.Tensor, config: MaskedViTConfig) -> torch.Tensor:
+    """An encoder's tokens (batch_size, num_prefix + length, hidden_size) as decoders read them: [CLS], patches."""
+    if config.num_register_tokens == 0:
+        return tokens
+    return torch.cat((tokens[:, : int(config.use_cls_token)], tokens[:, config.num_prefix :]), dim=1)
 
 
 def _selected(states: list[torch.Tensor], wanted: bool | int | list[int]) -> tuple[torch.Tensor | None, ...] | None:

@@ -1,7 +1,11 @@
-"""Position tables: MAE's fixed sin-cos layout, and interpolation to other grids."""
+"""Positions: MAE's fixed sin-cos table, interpolation of tables to other grids, and DINOv3's rotary positions."""
+
+import math
 
 import torch
 from torch import nn
+
+from .configuration_vit import INTERPOLATIONS
 
 
 def sincos_position_table(rows: int, columns: int, dim: int, cls_token: bool = True) -> torch.Tensor:
@@ -54,17 +58,20 @@ def fixed_position_table(config, dim: int) -> torch.Tensor:
     """The fixed table (1, num_prefix + L, dim) of a network with this config: of its grid, or interpolated to it."""
     made_for = tuple(config.sincos_grid or config.grid_size)
     table = sincos_position_table(*made_for, dim, config.use_cls_token)
-    return interpolate_position_table(table, made_for, config.grid_size)
+    return interpolate_position_table(table, made_for, config.grid_size, config.position_interpolation)
 
 
-def interpolate_position_table(table: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> torch.Tensor:
+def interpolate_position_table(
+    table: torch.Tensor, grid: tuple[int, int], new_grid: tuple[int, int], how: str = "bicubic"
+) -> torch.Tensor:
     """
-    Bicubic interpolation of a position table to another patch grid, as ViT's; [CLS] (the first row) stays.
+    Interpolation of a position table to another patch grid, by default as ViT's; [CLS] (the first row) stays.
 
     Args:
         table (`torch.Tensor` of shape `(1, num_prefix + rows * columns, dim)`): Positions of `grid` = (rows, columns),
             with or without [CLS].
         new_grid (`tuple[int, int]`): (rows, columns) wanted.
+        how (`str`, defaults to `"bicubic"`): One of `INTERPOLATIONS`.
 
     Returns:
         `torch.Tensor` of shape `(1, num_prefix + new_rows * new_columns, dim)`; `table` itself where the grids are
@@ -74,5 +81,50 @@ def interpolate_position_table(table: torch.Tensor, grid: tuple[int, int], new_g
         return table
     dim, num_prefix = table.shape[-1], table.shape[1] - grid[0] * grid[1]
     patches = table[:, num_prefix:].reshape(1, *grid, dim).permute(0, 3, 1, 2)
-    patches = nn.functional.interpolate(patches.float(), size=new_grid, mode="bicubic", align_corners=False)
+    patches = nn.functional.interpolate(patches.float(), size=new_grid, align_corners=False, **INTERPOLATIONS[how])
     return torch.cat((table[:, :num_prefix], patches.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)), dim=1)
+
+
+def rotary_table(
+    grid: tuple[int, int], head_dim: int, theta: float, ids: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Cosine and sine of the angles by which queries and keys of the patches are turned, as DINOv3's.
+
+    The centres of the patches lie in (-1, 1) along rows and columns, at every size of the picture. The first quarter
+    of a head's channels turns by the row, the second by the column, with `2 pi theta ** (-4 i / head_dim)`, and each
+    channel of this half is turned with the one that stands as far into the other half. (DINOv3 also rescales the
+    places at random in training; here training sees what evaluation does.)
+
+    Args:
+        grid (pair (rows, columns)): The patch grid.
+        head_dim (`int`): Channels of a head, a multiple of 4.
+        theta (`float`): Base of the frequencies.
+        ids (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): Which patches, row-major; all if None.
+
+    Returns:
+        Two float32 `torch.Tensor` of shape `(rows * columns, head_dim)`, or `(batch_size, 1, length, head_dim)` of the
+        patches `ids`.
+    """
+    frequencies = 1 / theta ** torch.arange(0, 1, 4 / head_dim, dtype=torch.float32, device=device)
+    row, column = (
+        2.0 * (torch.arange(0.5, number, dtype=torch.float32, device=device) / number) - 1.0 for number in grid
+    )
+    places = torch.stack((row.repeat_interleave(grid[1]), column.repeat(grid[0])), dim=1)
+    angles = (2 * math.pi * places[:, :, None] * frequencies).flatten(1).tile(2)
+    if ids is not None:
+        angles = angles[ids].unsqueeze(1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Each channel of the first half is turned, in a plane with the same one of the second half, by its angle."""
+    first, second = vectors.chunk(2, dim=-1)
+    return vectors * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def rotate_patches(vectors: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`rotate` of the last tokens of (batch_size, heads, length, head_dim), as many as there are angles of."""
+    num_prefix = vectors.shape[-2] - cos.shape[-2]
+    patches = rotate(vectors[:, :, num_prefix:], cos, sin).to(vectors.dtype)
+    return torch.cat((vectors[:, :, :num_prefix], patches), dim=2)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from .configuration_vit import MaskedViTConfig
 from .position import interpolate_position_table
 from .sizes import as_pair
 
@@ -21,10 +22,15 @@ _DECISIVE = (
     "hidden_act",
     "layer_norm_eps",
     "qkv_bias",
+    "key_bias",
+    "use_gated_mlp",
+    "embedding_layernorm",
+    "num_register_tokens",
     "num_channels",
     "image_size",
     "patch_size",
 )
+_DECISIVE_OF_ROTARY = ("position_embedding", "rope_theta")
 
 
 def refuse_other_network(config, source, what: str) -> None:
@@ -37,9 +43,10 @@ def refuse_other_network(config, source, what: str) -> None:
         what (`str`): The one that has them, for the message.
     """
     different = {}
-    for name in _DECISIVE:
+    for name in (*_DECISIVE, *(_DECISIVE_OF_ROTARY if _is_rotary(source) or _is_rotary(config) else ())):
         if hasattr(source, name):
-            there, here = getattr(source, name), getattr(config, name)
+            # A stock config may lack what its network has not.
+            there, here = getattr(source, name), getattr(config, name, getattr(MaskedViTConfig, name))
             if name in ("image_size", "patch_size"):
                 there, here = as_pair(there), as_pair(here)
             if there != here:
@@ -51,6 +58,10 @@ def refuse_other_network(config, source, what: str) -> None:
             f"The weights of {what} were trained in another network: {values}. Here they would not fit, or compute "
             f"something else. Build the model with {fix}."
         )
+
+
+def _is_rotary(config) -> bool:
+    return getattr(config, "position_embedding", None) == "rotary"
 
 
 def refuse_other_positions(own_fixed, given, what: str) -> None:
@@ -78,7 +89,7 @@ def at_image_size(config: PreTrainedConfig, image_size: tuple[int, int]) -> PreT
     """
     resized = copy.deepcopy(config)
     resized.image_size = list(image_size) if image_size[0] != image_size[1] else image_size[0]
-    if getattr(config, "position_embedding", None) == "sincos":
+    if getattr(config, "position_embedding", "learned") != "learned":
         resized.sincos_grid = list(config.sincos_grid or grid_of(config))
     return resized
 
@@ -99,7 +110,8 @@ def load_at_another_size(model: nn.Module, source: nn.Module) -> None:
     state, wanted = source.state_dict(), model.state_dict()
     for name, value in state.items():
         if name.endswith(_TABLES) and wanted[name].shape != value.shape:
-            state[name] = interpolate_position_table(value, grid, new_grid)
+            how = getattr(source.config, "position_interpolation", "bicubic")
+            state[name] = interpolate_position_table(value, grid, new_grid, how)
     model.load_state_dict(state)
 
 
