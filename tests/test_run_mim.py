@@ -16,8 +16,8 @@ from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTMAEConfig,
 
 import hf_mim
 from hf_mim.data.image_processing import build_image_processor
-from hf_mim.hub.vit import encoder_from_vit
 from hf_mim.jobs.pretraining import main
+from hf_mim.models.vit.encoders import encoder_from
 from hf_mim.models.vit.position import sincos_position_table
 from hf_mim.training.arguments import supports_bf16
 from hf_mim.training.trainer import MIMTrainer
@@ -263,7 +263,7 @@ def save_vit(folder):
     model = ViTModel(ViTConfig(image_size=16, patch_size=4, **VIT))
     torch.nn.init.normal_(model.embeddings.position_embeddings)
     model.save_pretrained(folder)
-    return encoder_from_vit(model)
+    return encoder_from(model)
 
 
 def save_vit_mae(folder):
@@ -274,7 +274,7 @@ def save_vit_mae(folder):
     # transformers 5.23 leaves zeros, where the checkpoints that people have hold MAE's table.
     model.vit.embeddings.position_embeddings.data = sincos_position_table(4, 4, 32)
     model.save_pretrained(folder)
-    return encoder_from_vit(model.vit)
+    return encoder_from(model.vit)
 
 
 class TestContinuing:

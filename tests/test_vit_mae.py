@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModel, ViTModel
 
 import hf_mim
 from hf_mim.evaluation.encoders import load_encoder, untrained_encoder
-from hf_mim.hub.vit import encoder_from_vit
 from hf_mim.jobs.pretraining import main
+from hf_mim.models.vit.encoders import encoder_from
 from hf_mim.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from hf_mim.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, ViTMAEModel
 from hf_mim.registry import method_class, method_module
@@ -114,7 +114,7 @@ class TestModel:
         pixel_values = batch()["pixel_values"]
         with torch.no_grad():
             features = model.encoder(pixel_values).last_hidden_state
-            expected = encoder_from_vit(stock_from(model).vit)(pixel_values).last_hidden_state
+            expected = encoder_from(stock_from(model).vit)(pixel_values).last_hidden_state
             assert features.shape == (3, 17, 32)
             torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
             # In training mode too.

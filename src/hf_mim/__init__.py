@@ -13,6 +13,9 @@ __version__ = "0.1.0.dev0"
 
 _IN_MODULES = {
     "from_original": ".hub.original",
+    "encoder_from": ".models.vit.encoders",
+    "to_dinov2": ".hub.vit",
+    "to_dinov3": ".hub.vit",
     "to_vit": ".hub.vit",
     "KNNAccuracy": ".evaluation.metrics",
     "LinearProbeAccuracy": ".evaluation.metrics",
@@ -53,6 +56,8 @@ if TYPE_CHECKING:
     from .evaluation.metrics import MultiLabelF1 as MultiLabelF1
     from .evaluation.metrics import RankMe as RankMe
     from .hub.original import from_original as from_original
+    from .hub.vit import to_dinov2 as to_dinov2
+    from .hub.vit import to_dinov3 as to_dinov3
     from .hub.vit import to_vit as to_vit
     from .jobs.finetuning import FineTuningArguments as FineTuningArguments
     from .models.dbot.configuration_dbot import DBOTConfig as DBOTConfig
@@ -76,6 +81,7 @@ if TYPE_CHECKING:
     from .models.tec.modeling_tec import TECForPreTraining as TECForPreTraining
     from .models.tec.modeling_tec import TECModel as TECModel
     from .models.vit.configuration_vit import MaskedViTConfig as MaskedViTConfig
+    from .models.vit.encoders import encoder_from as encoder_from
     from .models.vit.modeling_vit import MaskedViTBackbone as MaskedViTBackbone
     from .models.vit.modeling_vit import MaskedViTForImageClassification as MaskedViTForImageClassification
     from .models.vit.modeling_vit import MaskedViTModel as MaskedViTModel

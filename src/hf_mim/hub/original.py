@@ -1,13 +1,8 @@
 """Reading the checkpoints that the methods' authors released."""
 
-import argparse
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 
-import safetensors.torch
-import torch
-
+from ..models.vit.checkpoint_files import read_checkpoint
 from ..registry import method_class, method_module
 
 
@@ -52,27 +47,3 @@ def from_original(checkpoint, model_type: str, *, config=None, teacher=None):
     except RuntimeError as error:
         raise ValueError(f"The weights of the {model_type} release do not fit the config. {error}") from error
     return model.eval()
-
-
-def read_checkpoint(checkpoint) -> dict[str, torch.Tensor]:
-    """The weights of a file or state dict, out of the wrappings that training code puts around them."""
-    state = checkpoint if isinstance(checkpoint, Mapping) else _read_file(Path(checkpoint))
-    for key in ("model", "state_dict", "module"):
-        if isinstance(state.get(key), Mapping):
-            state = state[key]
-    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-
-
-def _read_file(path: Path) -> Mapping:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {path}. Give the path of a .pth, .pt or .safetensors file.")
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is damaged, or holds more than weights, which could run code: not read.") from error
-    if not isinstance(contents, Mapping):
-        raise ValueError(f"{path} holds a {type(contents).__name__}; expected a dictionary of weights.")
-    return contents

@@ -1,18 +1,29 @@
-"""Export to, and import from, transformers' own Vision Transformers."""
+"""Export to transformers' own Vision Transformers: ViT, DINOv2 and DINOv3."""
 
 import torch
-from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ViTConfig,
+    DINOv3ViTModel,
+    PreTrainedModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
-from ..models.vit.configuration_vit import MaskedViTConfig
+from ..models.vit.encoders import encoder_from
+from ..models.vit.layouts import read_layout
 from ..models.vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTModel,
     MaskedViTPreTrainedModel,
 )
-from ..models.vit.position import sincos_position_table
 from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
-from ..registry import BASELINES, METHODS, MODEL_TYPES
+from ..registry import BASELINES, MODEL_TYPES
 
 _SHARED_FIELDS = (
     "hidden_size",
@@ -46,7 +57,8 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         by a pooler that is the identity; with mean pooling it has no pooler (load it with `add_pooling_layer=False`).
 
     Raises:
-        ValueError: If the model has no [CLS], a classifier pools by the mean or reads TEC's encoder adapters, which
+        ValueError: If the model has no [CLS], or registers, rotary positions, gated MLPs or a first LayerNorm, which
+            ViT has not; if a classifier pools by the mean or reads TEC's encoder adapters, which
             `ViTForImageClassification` cannot, or the model is not one of hf_mim's.
     """
     if model.config.model_type not in BASELINES and not isinstance(model, MaskedViTPreTrainedModel):
@@ -66,6 +78,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
             "The classifier reads TEC's encoder adapters, which ViTForImageClassification has not. Export its "
             "encoder, to_vit(model.encoder), or tune in another tuning_mode."
         )
+    _refuse(config, "ViT", "to_dinov2 or to_dinov3", "registers", "rotary", "gated", "layernorm")
     encoder = model.base_model
     fields = {name: getattr(config, name) for name in _SHARED_FIELDS}
     for name in ("image_size", "patch_size"):
@@ -74,6 +87,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         fields[name] = height if height == width else [height, width]
     vit_config = ViTConfig(**fields, pooler_act="linear")
     weights = encoder.vit_state_dict() if isinstance(encoder, MaskedViTModel) else dict(encoder.state_dict())
+    weights |= _missing_key_biases(weights, config)
     if classifier:
         vit_config.update({name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")})
         exported = ViTForImageClassification(vit_config)
@@ -88,35 +102,163 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
     return exported.to(device=encoder.device, dtype=encoder.dtype).eval()
 
 
+def _refuse(config, kind: str, other: str, *parts: str) -> None:
+    """Raises ValueError if an encoder has a part that networks of a kind have not; `other` names what to do."""
+    has = {
+        "registers": getattr(config, "num_register_tokens", 0) > 0,
+        "rotary": getattr(config, "position_embedding", "learned") == "rotary",
+        "gated": getattr(config, "use_gated_mlp", False),
+        "layernorm": getattr(config, "embedding_layernorm", False),
+    }
+    names = {
+        "registers": "register tokens (num_register_tokens)",
+        "rotary": 'rotary positions (position_embedding="rotary")',
+        "gated": "gated MLPs (use_gated_mlp)",
+        "layernorm": "a LayerNorm before its first block (embedding_layernorm)",
+    }
+    found = [names[part] for part in parts if has[part]]
+    if found:
+        raise ValueError(f"The model has {' and '.join(found)}, which {kind} of transformers has not: use {other}.")
+
+
+def _missing_key_biases(weights: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+    """Zeros, where queries have a bias and keys none."""
+    if getattr(config, "key_bias", True) or not config.qkv_bias:
+        return {}
+    names = [name for name in weights if name.endswith("q_proj.bias")]
+    return {name.replace("q_proj", "k_proj"): torch.zeros_like(weights[name]) for name in names}
+
+
 @torch.no_grad()
-def encoder_from_vit(model: PreTrainedModel) -> MaskedViTModel:
+def to_dinov2(model: PreTrainedModel) -> Dinov2Model | Dinov2WithRegistersModel:
     """
-    The encoder of a stock `ViTModel` or `ViTMAEModel` as ours; its positions stay fixed if they are MAE's table.
+    The same encoder as transformers' own `Dinov2Model`, or `Dinov2WithRegistersModel` where it has registers.
+
+    What it saves loads with plain `AutoModel.from_pretrained(directory)` and as `Dinov2Backbone`, without hf_mim, and
+    wherever a DINOv2 did. Layer scale, which ours has in its maps, is 1. At other image sizes DINOv2 with registers
+    interpolates positions by "bicubic_antialias" and DINOv2 by "bicubic", whatever `position_interpolation` is.
 
     Args:
-        model: What `AutoModel.from_pretrained` gives for a ViT or ViTMAE checkpoint, or a model with a head on that.
+        model: One of hf_mim's models, whose encoder is taken, or anything that [`encoder_from`] takes.
 
     Returns:
-        `MaskedViTModel` with the same outputs for the whole image, in eval mode.
+        The network in eval mode, with the encoder's `last_hidden_state`.
 
     Raises:
-        ValueError: If the model is of another kind.
+        ValueError: If the encoder has no [CLS], another grid than a square, rotary positions, a LayerNorm before its
+            first block, or MLPs of a width that DINOv2's config cannot tell.
     """
-    if model.config.model_type not in ("vit", "vit_mae"):
+    encoder = encoder_from(model)
+    config = encoder.config
+    _check_for_dino(config, "DINOv2")
+    _refuse(config, "DINOv2", "to_dinov3, or the model as one of hf_mim", "rotary", "layernorm")
+    if config.grid_size[0] != config.grid_size[1]:
         raise ValueError(
-            f"Pretraining continues from checkpoints of {', '.join(METHODS)}, vit and vit_mae; this one is "
-            f"{model.config.model_type}."
+            f"The patch grid is {config.grid_size[0]} x {config.grid_size[1]} (rows x columns); transformers' DINOv2 "
+            "interpolates positions of squares only. Export by to_vit, or load the model at a square image_size."
         )
-    left_out = ("pooler.", "embeddings.mask_token")
-    weights = {name: value for name, value in model.base_model.state_dict().items() if not name.startswith(left_out)}
-    fields = {name: getattr(model.config, name) for name in _SHARED_FIELDS}
-    config = MaskedViTConfig(**fields)
-    positions = weights["embeddings.position_embeddings"]
-    table = sincos_position_table(*config.grid_size, config.hidden_size)
-    if torch.allclose(positions.float().cpu(), table, atol=1e-5):
-        del weights["embeddings.position_embeddings"]
-    else:
-        config.position_embedding = "learned"
-    encoder = MaskedViTModel(config)
-    encoder.load_state_dict(weights)
-    return encoder.eval()
+    registers = {"num_register_tokens": config.num_register_tokens} if config.num_register_tokens else {}
+    config_class = Dinov2WithRegistersConfig if registers else Dinov2Config
+    exported = (Dinov2WithRegistersModel if registers else Dinov2Model)(
+        config_class(
+            **_dino_fields(config),
+            **registers,
+            qkv_bias=config.qkv_bias,
+            attention_probs_dropout_prob=config.attention_probs_dropout_prob,
+            mlp_ratio=_mlp_ratio(config),
+            use_swiglu_ffn=config.use_gated_mlp,
+        )
+    )
+    return _filled(exported, encoder)
+
+
+@torch.no_grad()
+def to_dinov3(model: PreTrainedModel) -> DINOv3ViTModel:
+    """
+    The same encoder as transformers' own `DINOv3ViTModel`. As [`to_dinov2`], for encoders with rotary positions.
+
+    The places of patches are not rescaled in training (`pos_embed_rescale` is None), as here.
+
+    Raises:
+        ValueError: If the encoder has no [CLS], a table of positions, or a LayerNorm before its first block.
+    """
+    encoder = encoder_from(model)
+    config = encoder.config
+    _check_for_dino(config, "DINOv3")
+    if config.position_embedding != "rotary":
+        raise ValueError(
+            f'The encoder has a table of positions (position_embedding="{config.position_embedding}"), and DINOv3 '
+            "rotary positions. Export by to_dinov2 or to_vit."
+        )
+    _refuse(config, "DINOv3", "it as a model of hf_mim", "layernorm")
+    exported = DINOv3ViTModel(
+        DINOv3ViTConfig(
+            **_dino_fields(config),
+            intermediate_size=config.intermediate_size,
+            num_register_tokens=config.num_register_tokens,
+            query_bias=config.qkv_bias,
+            key_bias=config.qkv_bias and config.key_bias,
+            value_bias=config.qkv_bias,
+            attention_dropout=config.attention_probs_dropout_prob,
+            use_gated_mlp=config.use_gated_mlp,
+            rope_theta=float(config.rope_theta),
+            pos_embed_rescale=None,
+        )
+    )
+    return _filled(exported, encoder)
+
+
+def _check_for_dino(config, kind: str) -> None:
+    if not config.use_cls_token:
+        raise ValueError(f"The model has no [CLS] token (use_cls_token=False), which {kind} always has.")
+
+
+def _dino_fields(config) -> dict:
+    fields = {
+        name: getattr(config, name)
+        for name in (
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "hidden_act",
+            "initializer_range",
+            "layer_norm_eps",
+            "num_channels",
+        )
+    }
+    for name in ("image_size", "patch_size"):
+        height, width = as_pair(getattr(config, name))
+        fields[name] = height if height == width else [height, width]
+    return fields | {"layerscale_value": 1.0}
+
+
+def _mlp_ratio(config) -> int:
+    """The `mlp_ratio` from which DINOv2 makes MLPs of this width."""
+    width, wanted = config.hidden_size, config.intermediate_size
+    for ratio in range(1, 33):
+        # Of a gated one two thirds, rounded up to a multiple of 8.
+        hidden = (int(width * ratio * 2 / 3) + 7) // 8 * 8 if config.use_gated_mlp else width * ratio
+        if hidden == wanted and (not config.use_gated_mlp or config.hidden_act == "silu"):
+            return ratio
+    raise ValueError(
+        f"intermediate_size is {wanted}, hidden_size {width}, use_gated_mlp {config.use_gated_mlp}, hidden_act "
+        f"{config.hidden_act!r}: DINOv2 has MLPs of a whole multiple of the width, of which gated ones, with silu, "
+        "have two thirds. Export by to_vit, or keep the model as one of hf_mim."
+    )
+
+
+def _filled(exported: PreTrainedModel, encoder: MaskedViTModel) -> PreTrainedModel:
+    """`exported` with the encoder's weights under its own names; what it has besides is as it starts: scales of 1."""
+    layout, weights = read_layout(exported.config), encoder.vit_state_dict()
+    state = exported.state_dict()
+    for name in state:
+        ours = layout.ours(name)
+        if ours in weights:
+            state[name] = weights.pop(ours).reshape(state[name].shape)
+        elif name.endswith(".bias"):
+            # A map without a bias is one with zeros.
+            state[name] = torch.zeros_like(state[name])
+    if weights:
+        raise ValueError(f"{type(exported).__name__} has no place for {', '.join(sorted(weights)[:3])}.")
+    exported.load_state_dict(state)
+    return exported.to(device=encoder.device, dtype=encoder.dtype).eval()

@@ -10,7 +10,7 @@ from ..data.image_processing import build_image_processor
 from ..data.images import BrokenImageError
 from ..data.loading import ImageSplits, check_images, load_images, resolve_mean_std, without_broken
 from ..evaluation.encoders import FeatureEncoder, load_encoder
-from ..models.vit.frozen_sources import read_normalization
+from ..models.vit.encoders import read_normalization
 from ..models.vit.sizes import as_pair
 from ..training.command import say
 

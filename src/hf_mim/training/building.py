@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from ..hub.vit import encoder_from_vit
 from ..models.presets import preset_config
 from ..models.vit.alignment import align_weights
+from ..models.vit.encoders import encoder_from, read_normalization
 from ..models.vit.frozen_layouts import describe_config
-from ..models.vit.frozen_sources import load_quietly, read_description, read_normalization, read_source
+from ..models.vit.frozen_sources import read_description, read_source
 from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
 from ..models.vit.transfer import at_image_size, load_at_another_size
@@ -190,7 +190,7 @@ def build_classifier(args: ClassifierArguments, config) -> PreTrainedModel:
     """
     kwargs = _attention(args)
     path = args.model_name_or_path
-    source = None if path is None else AutoConfig.from_pretrained(path)
+    source = None if path is None else _read_config(path)
     if source is None or source.model_type != config.model_type:
         model = method_class(config.model_type, "ForImageClassification")._from_config(config, **kwargs)
         if source is not None:
@@ -236,7 +236,7 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
         if frozen is not None:
             model.take_source(read_source(frozen))
         return model
-    source = AutoConfig.from_pretrained(args.model_name_or_path)
+    source = _read_config(args.model_name_or_path)
     if source.model_type == args.model_type:
         try:
             model, info = _from_pretrained(
@@ -321,9 +321,7 @@ def _read_value(text: str):
 
 def _load_encoder(path: str, image_size=None):
     """The encoder at `path` as ours; at another image size with interpolated positions."""
-    source = AutoConfig.from_pretrained(path)
-    encoder = load_quietly(AutoModel, path)
-    encoder = encoder if source.model_type in METHODS | ENCODER else encoder_from_vit(encoder)
+    encoder = encoder_from(path)
     if image_size is None or as_pair(image_size) == as_pair(encoder.config.image_size):
         return encoder
     resized = type(encoder)(at_image_size(encoder.config, as_pair(image_size)))
@@ -365,7 +363,7 @@ def check_there(path: str, flag: str) -> None:
 def _read_config(path: str) -> PreTrainedConfig:
     check_there(path, "model_name_or_path")
     try:
-        return AutoConfig.from_pretrained(path)
+        return encoder_from(path).config if Path(path).is_file() else AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {path}: {error}") from error
 
@@ -378,5 +376,12 @@ def _fields_of_weights(path: str, model_type: str, image_size: tuple[int, int] |
         names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
         return {name: getattr(config, name) for name in names if not name.startswith("_")}
     if config.model_type not in METHODS | ENCODER:
-        config = _load_encoder(path, image_size).config
-    return {name: getattr(config, name) for name in _ENCODER_FIELDS}
+        try:
+            config = _load_encoder(path, image_size).config
+        except ValueError as error:
+            raise ValueError(f"--model_name_or_path {path}: {error}") from error
+    given = {name: getattr(config, name) for name in _ENCODER_FIELDS}
+    if not config.use_cls_token and getattr(method_class(model_type, "Config"), "needs_cls_token", True):
+        # The method adds one.
+        del given["use_cls_token"], given["pooling"]
+    return given

@@ -38,8 +38,8 @@ class ModelArguments:
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Continue from these weights: a pretraining checkpoint or encoder of hf_mim, ViTMAE or ViT. What "
-            "it lacks is built anew."
+            "help": "Continue from these weights: a pretraining checkpoint or encoder of hf_mim, ViTMAE, ViT, DeiT, "
+            "DINOv2, DINOv3, CLIP or SigLIP, or a file of timm's vit_* weights. What they lack is built anew."
         },
     )
     base_model_name_or_path: str | None = field(

@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.attention import MaskedViTMLP
+from ..vit.encoders import encoder_from
 from ..vit.frozen import attention_products, build_frozen
 from ..vit.frozen_sources import FrozenSource
 from ..vit.masking import restore_order
@@ -264,17 +265,9 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
 
     @torch.no_grad()
     def _start_from_base(self) -> None:
-        network = self.base.network
-        weights = network.vit_state_dict() if isinstance(network, MaskedViTModel) else network.state_dict()
-        weights = {name: value for name, value in weights.items() if not name.endswith("mask_token")}
-        refuse_other_network(self.config, network.config, "the base (initialize_from_base)")
-        try:
-            self.encoder.load_vit_state_dict(weights)
-        except RuntimeError as error:
-            raise ValueError(
-                f"initialize_from_base needs a base of the student's own sizes and kind (ViT, ViTMAE or hf_mim's); "
-                f"this one, {self.base.config.model_type or 'a plain ViT'}, does not fit. {error}"
-            ) from error
+        base = encoder_from(self.base.network)
+        refuse_other_network(self.config, base.config, "the base (initialize_from_base)")
+        self.encoder.load_vit_state_dict(base.vit_state_dict())
 
     @can_return_tuple
     @filter_output_hidden_states

@@ -2,15 +2,11 @@
 
 import torch
 
+from .layouts import TAKEN_APART, TIMM_BLOCK
+
 State = dict[str, torch.Tensor]
 
-_BLOCK_NAMES = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.proj": "attention.o_proj",
-    "mlp.fc1": "mlp.fc1",
-    "mlp.fc2": "mlp.fc2",
-}
+_BLOCK_NAMES = {there: here for there, here in TIMM_BLOCK.items() if here not in TAKEN_APART}
 
 
 def convert_block(state: State, source: str, target: str) -> State:

@@ -15,7 +15,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .configuration_vit import MaskedViTConfig
-from .frozen_layouts import Layout, frozen_config, layout_of
+from .frozen_layouts import frozen_config, layout_of
+from .layouts import Layout
 from .modeling_vit import MaskedViTModel
 from .pixels import PixelRenormalization
 from .position import rotate, sincos_position_table

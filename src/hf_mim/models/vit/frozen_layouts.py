@@ -1,50 +1,14 @@
-"""Which networks can be frozen to learn from, and where each keeps its parts."""
+"""Which networks can be frozen to learn from, and how a method's config describes them."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from .configuration_vit import MaskedViTConfig
-
-
-class Layout(NamedTuple):
-    """Where a type of network keeps its parts."""
-
-    blocks: str
-    norm: str
-    attention: str
-    # Positions can be had for every grid, without leaving what the network was made for.
-    any_grid: bool = False
-    # Arguments of the constructor, and of every block.
-    construction: dict = {}  # noqa: RUF012
-    block: dict = {}  # noqa: RUF012
-
-
-_OURS = Layout("layers", "layernorm_before", "attention")
-_LAYOUTS = {
-    "vit": Layout("layers", "layernorm_before", "attention", construction={"add_pooling_layer": False}),
-    "vit_mae": Layout("layers", "layernorm_before", "attention"),
-    "dinov2": Layout("encoder.layer", "norm1", "attention", any_grid=True),
-    "dinov2_with_registers": Layout("encoder.layer", "norm1", "attention", any_grid=True),
-    "dinov3_vit": Layout("model.layer", "norm1", "attention", any_grid=True),
-    "clip_vision_model": Layout("encoder.layers", "layer_norm1", "self_attn", block={"attention_mask": None}),
-}
+from .layouts import LAYOUTS, OURS, Layout, read_layout
 
 _NO_CLS = "has no [CLS] token, whose attention chooses patches and whose feature is a target"
-_HIERARCHICAL = "is hierarchical: its last blocks see a coarser grid than the patches of a plain ViT"
-_CONVOLUTIONAL = "is convolutional: it has no patch tokens and no attention to learn from"
-_UNFIT = {
-    name: reason
-    for reason, names in {
-        _NO_CLS: "siglip siglip_vision_model siglip2 siglip2_vision_model ijepa vjepa2 vitdet sam_vision_model",
-        _HIERARCHICAL: "swin swinv2 swin2sr maskformer-swin donut-swin hiera pvt pvt_v2 segformer focalnet levit "
-        "swiftformer mobilevit mobilevitv2 mvit sam2_hiera_det_model",
-        _CONVOLUTIONAL: "resnet convnext convnextv2 dinov3_convnext regnet efficientnet mobilenet_v1 mobilenet_v2 "
-        "hgnet_v2 poolformer textnet bit",
-    }.items()
-    for name in names.split()
-}
+_WITHOUT_CLS = {"vjepa2", "vitdet", "sam_vision_model", *(name for name in LAYOUTS if not LAYOUTS[name].has_cls)}
 
 
 def frozen_config(described, student: MaskedViTConfig) -> PreTrainedConfig:
@@ -121,17 +85,25 @@ def describe_config(config: PreTrainedConfig | Mapping | None) -> dict | None:
 
 
 def layout_of(config: PreTrainedConfig) -> Layout:
+    """
+    Where a frozen network of this config keeps its parts.
+
+    Raises:
+        ValueError: If the type cannot be a frozen network, with the reason.
+    """
     if isinstance(config, MaskedViTConfig):
         if not config.use_cls_token:
             raise ValueError(f"A network with use_cls_token=False cannot give targets: it {_NO_CLS}.")
-        return _OURS
-    if config.model_type not in _LAYOUTS:
-        supported = f"Choose hf_mim's own models, or one of {', '.join(_LAYOUTS)}."
-        reason = _UNFIT.get(config.model_type)
-        if reason is None:
-            raise ValueError(
-                f"A network of type {config.model_type!r} cannot be read as a frozen ViT: where its blocks and "
-                f"positions are is not known. {supported}"
-            )
-        raise ValueError(f"A network of type {config.model_type!r} cannot give targets: it {reason}. {supported}")
-    return _LAYOUTS[config.model_type]
+        return OURS
+    supported = [name for name, layout in LAYOUTS.items() if layout.frozen]
+    if config.model_type in _WITHOUT_CLS:
+        raise ValueError(
+            f"A network of type {config.model_type!r} cannot give targets: it {_NO_CLS}. Choose hf_mim's own models, "
+            f"or one of {', '.join(supported)}."
+        )
+    layout = read_layout(config)
+    if not layout.frozen:
+        raise ValueError(
+            f"A network of type {config.model_type!r} is not run as it is: freeze hf_mim.encoder_from(model)."
+        )
+    return layout

@@ -1,17 +1,17 @@
 """Trained networks as they are found, in memory, in a folder or on the Hub, for what is frozen."""
 
 import copy
-import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModel, CLIPVisionModel, PreTrainedConfig, PreTrainedModel
-from transformers.utils import cached_file, logging
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 
-from .alignment import align_weights
 from .configuration_vit import MaskedViTConfig
+from .encoders import encoder_from, load_quietly, read_normalization, tower_of
 from .frozen import FrozenViT
 from .frozen_layouts import describe_config, layout_of
+from .layouts import LAYOUTS
 
 
 @dataclass
@@ -37,42 +37,36 @@ def read_source(model_or_path) -> FrozenSource:
 
     Args:
         model_or_path (`PreTrainedModel`, or a path or name on the Hub): One of ours, ViT, ViTMAE, DINOv2 (with or
-            without registers), DINOv3's ViT, or CLIP (its vision tower). Of a model with heads or decoders the encoder
-            is taken. A path's `preprocessor_config.json` tells the normalisation.
+            without registers), DINOv3's ViT, or CLIP (its vision tower); DeiT and timm's `vit_*`, which are frozen as
+            our encoder with their weights. Of a model with heads or decoders the encoder is taken. A path's
+            `preprocessor_config.json` tells the normalisation.
 
     Raises:
         ValueError: If the network cannot give targets (no [CLS], convolutional, hierarchical, unknown), saying why, or
             if its weights are not all there.
         OSError: If there is no such model.
     """
-    if isinstance(model_or_path, PreTrainedModel):
+    if isinstance(model_or_path, PreTrainedModel) and not _is_read_as_ours(tower_of(model_or_path).config):
         encoder = _encoder_of(model_or_path)
         return FrozenSource(encoder.config, encoder.state_dict())
-    config, *normalization = read_description(model_or_path)
+    if not isinstance(model_or_path, (str, Path)):
+        encoder = encoder_from(model_or_path)
+        layout_of(encoder.config)
+        return FrozenSource(encoder.config, encoder.state_dict())
+    encoder = _read_encoder(model_or_path)
+    return FrozenSource(encoder.config, encoder.state_dict(), *read_normalization(model_or_path))
+
+
+def _read_encoder(path: str) -> PreTrainedModel:
+    config = None if Path(path).expanduser().is_file() else AutoConfig.from_pretrained(path)
+    tower = getattr(config, "vision_config", config)
+    if config is None or _is_read_as_ours(tower):
+        encoder = encoder_from(path)
+        layout_of(encoder.config)
+        return encoder
+    layout_of(tower)
     # AutoModel of a CLIP checkpoint would have its text tower too.
-    model_class = CLIPVisionModel if config.model_type == "clip_vision_model" else AutoModel
-    encoder = load_quietly(model_class, model_or_path)
-    return FrozenSource(encoder.config, encoder.state_dict(), *normalization)
-
-
-def load_quietly(model_class, path) -> PreTrainedModel:
-    """
-    An encoder in float32, without the report that a pretraining checkpoint also has decoders.
-
-    Raises:
-        ValueError: If the checkpoint lacks weights of the encoder.
-    """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        encoder, info = model_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(name for name in info["missing_keys"] if not name.startswith("pooler."))
-    if missing:
-        raise ValueError(f"{path} lacks weights of its encoder: {', '.join(missing[:3])} ({len(missing)} tensors).")
-    align_weights(encoder)
-    return encoder
+    return load_quietly(AutoModel, path, **({} if tower is config else {"config": tower}))
 
 
 def read_description(path: str) -> tuple[PreTrainedConfig, list[float] | None, list[float] | None]:
@@ -84,33 +78,26 @@ def read_description(path: str) -> tuple[PreTrainedConfig, list[float] | None, l
         ValueError: If the network cannot give targets, saying why.
         OSError: If there is no such model.
     """
-    config = AutoConfig.from_pretrained(path)
+    config = None if Path(path).expanduser().is_file() else AutoConfig.from_pretrained(path)
     config = getattr(config, "vision_config", config)
+    if config is None or _is_read_as_ours(config):
+        # Its own config does not describe ours.
+        config = encoder_from(path).config
     layout_of(config)
     return config, *read_normalization(path)
 
 
 def _encoder_of(model: PreTrainedModel) -> PreTrainedModel:
-    model = getattr(model, "vision_model", model)
+    model = tower_of(model)
     layout = layout_of(model.config)
     is_encoder = any(name == layout.blocks for name, _ in model.named_modules())
     return model if is_encoder else model.base_model
 
 
-def read_normalization(path: str) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation, one number a channel or one for all, of the image processor beside a network."""
-    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        if file is not None:
-            with open(file, encoding="utf-8") as stream:
-                settings = json.load(stream)
-            settings = settings.get(key, {}) if key else settings
-            if not settings.get("do_normalize", True):
-                # Pixels in [0, 1] as they are.
-                return [0.0], [1.0]
-            if "image_mean" in settings:
-                return settings["image_mean"], settings["image_std"]
-    return None, None
+def _is_read_as_ours(config: PreTrainedConfig) -> bool:
+    """Whether what is frozen is our encoder with a network's weights, and not the network."""
+    layout = LAYOUTS.get(config.model_type)
+    return config.model_type == "timm_wrapper" or (layout is not None and layout.has_cls and not layout.frozen)
 
 
 def student_config(source: FrozenSource, name: str, config: MaskedViTConfig | type[MaskedViTConfig]):

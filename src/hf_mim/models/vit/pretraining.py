@@ -77,8 +77,20 @@ class PreTrainingMixin:
         Raises:
             ValueError: If its heads, activation, epsilon, biases, sizes or positions are others.
         """
+        self.encoder.load_vit_state_dict(self._weights_of(encoder))
+
+    def _weights_of(self, encoder: "MaskedViTModel") -> dict[str, torch.Tensor]:
+        """What `load_encoder` takes; with this model's [CLS] where the encoder has none."""
         refuse_other_network(self.config, encoder.config, f"that {type(encoder).__name__}")
-        self.encoder.load_vit_state_dict(encoder.vit_state_dict())
+        weights = encoder.vit_state_dict()
+        if not encoder.config.use_cls_token and getattr(self.config, "use_cls_token", True):
+            logger.warning(f"The encoder has no [CLS], with which {self.config.model_type} learns: it gets a new one.")
+            weights["embeddings.cls_token"] = self.encoder.embeddings.cls_token
+            table = weights.get("embeddings.position_embeddings")
+            if table is not None:
+                table = torch.cat((torch.zeros_like(table[:, :1]), table), dim=1)
+                weights["embeddings.position_embeddings"] = table
+        return weights
 
     def after_optimizer_step(self, step: int, num_steps: int) -> None:
         """

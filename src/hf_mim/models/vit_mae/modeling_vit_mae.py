@@ -18,7 +18,6 @@ from ..vit.alignment import AlignedLoading
 from ..vit.modeling_vit import MaskedViTModel, init_linear, refuse_unknown
 from ..vit.position import sincos_position_table
 from ..vit.pretraining import PreTrainingMixin
-from ..vit.transfer import refuse_other_network
 from .configuration_vit_mae import ViTMAEConfig
 
 
@@ -113,8 +112,7 @@ class ViTMAEForPreTraining(PreTrainingMixin, stock.ViTMAEForPreTraining, ViTMAEP
 
     @torch.no_grad()
     def load_encoder(self, encoder: MaskedViTModel) -> None:
-        refuse_other_network(self.config, encoder.config, f"that {type(encoder).__name__}")
-        self.vit.load_state_dict(encoder.vit_state_dict())
+        self.vit.load_state_dict(self._weights_of(encoder))
 
     @can_return_tuple
     def forward(

@@ -1,0 +1,33 @@
+"""Weights in files, out of the wrappings that training code puts around them; no code in a pickle is run."""
+
+import argparse
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+
+def read_checkpoint(checkpoint) -> dict[str, torch.Tensor]:
+    """The weights of a file or state dict, out of the wrappings that training code puts around them."""
+    state = checkpoint if isinstance(checkpoint, Mapping) else _read_file(Path(checkpoint))
+    for key in ("model", "state_dict", "module"):
+        if isinstance(state.get(key), Mapping):
+            state = state[key]
+    return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _read_file(path: Path) -> Mapping:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}. Give the path of a .pth, .pt or .safetensors file.")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            contents = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, safetensors.SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is damaged, or holds more than weights, which could run code: not read.") from error
+    if not isinstance(contents, Mapping):
+        raise ValueError(f"{path} holds a {type(contents).__name__}; expected a dictionary of weights.")
+    return contents
