@@ -362,7 +362,7 @@ class TestConfigOfFlags:
         ("flags", "message"),
         [
             (["--patch_size=8"], r"patch_size: \(8, 8\) is asked for"),
-            (["--num_channels=1"], "num_channels: 1 is asked for.*has 3. Leave num_channels out"),
+            (["--config_overrides=num_channels=1"], "num_channels: 1 is asked for.*has 3. Leave num_channels out"),
             (["--config_overrides=hidden_size=64"], "hidden_size: 64 is asked for"),
         ],
     )

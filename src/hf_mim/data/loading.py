@@ -154,7 +154,15 @@ def resolve_mean_std(
     """
     if args.image_mean is None and trained[0] is not None and len(trained[0]) in (1, pictures.num_channels):
         # One number for all channels, or one each.
-        return tuple(list(values) * (pictures.num_channels // len(values)) for values in trained)
+        trained = tuple(list(values) * (pictures.num_channels // len(values)) for values in trained)
+        if None not in trained[0]:
+            return trained
+        # Of channels that the weights do not have.
+        computed = compute_mean_std(pictures, skip_broken=args.skip_broken_images)
+        return tuple(
+            [other if value is None else value for value, other in zip(*pair, strict=True)]
+            for pair in zip(trained, computed, strict=True)
+        )
     if args.image_mean is None and pictures.num_channels == 3:
         return list(IMAGENET_DEFAULT_MEAN), list(IMAGENET_DEFAULT_STD)
     computed = (None, None)

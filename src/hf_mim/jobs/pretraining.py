@@ -97,6 +97,7 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
     settings = {
         "start": model_args.model_name_or_path or "untrained",
         "learns_from": model_args.base_model_name_or_path or model_args.teacher_model_name_or_path,
+        "channel_map": model_args.channel_map and list(map(str, model_args.channel_map)),
         "crop_scale_min": data_args.crop_scale_min,
         "horizontal_flip": data_args.horizontal_flip,
         "image_mean": list(map(float, mean)),

@@ -13,7 +13,9 @@ from transformers.utils import logging
 
 from ..models.presets import preset_config
 from ..models.vit.alignment import align_weights
+from ..models.vit.channels import map_normalization, read_channel_map, with_channels
 from ..models.vit.encoders import encoder_from, read_normalization
+from ..models.vit.frozen import check_frozen_channels
 from ..models.vit.frozen_layouts import describe_config
 from ..models.vit.frozen_sources import read_description, read_source
 from ..models.vit.pretraining import MaskedViTForPreTraining
@@ -53,13 +55,21 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
     """
     The method's config by preset and flags; with `model_name_or_path`, the encoder's fields are those of the weights,
     and all are where the weights are of the same method. Sizes and channels that are None are those of the weights,
-    else the preset's and 3.
+    else the preset's and 3; with other channels than theirs the weights' filters are spread over these.
 
     Raises:
         ValueError: If a name is unknown or sizes do not fit.
     """
     settings = preset_config(args.model_type, args.preset, image_size, args.patch_size)
     settings["num_channels"] = 3 if num_channels is None else num_channels
+    if args.channel_map is not None:
+        if args.model_name_or_path is None:
+            raise ValueError("--channel_map is of the weights that --model_name_or_path names: give it too.")
+        if num_channels not in (None, len(args.channel_map)):
+            raise ValueError(
+                f"--channel_map has {len(args.channel_map)} entries, and --num_channels is {num_channels}."
+            )
+        num_channels = len(args.channel_map)
     config_class = method_class(args.model_type, "Config")
     chosen = parse_overrides(args.config_overrides)
     unknown = sorted(set(chosen) - set(config_class().to_dict()))
@@ -70,7 +80,7 @@ def build_config(args: ModelArguments, image_size: tuple[int, int] | None, num_c
     if args.mask_ratio is not None:
         chosen["mask_ratio"] = args.mask_ratio
     if args.model_name_or_path is not None:
-        given = _fields_of_weights(args.model_name_or_path, args.model_type, image_size)
+        given = _fields_of_weights(args, image_size, num_channels)
         _check_asked_for(args.model_name_or_path, given, _sizes_asked_for(image_size, num_channels) | chosen)
         # The baseline has not all fields that the methods share.
         known = {field.name for field in fields(config_class)}
@@ -89,6 +99,11 @@ def describe_frozen(args: ModelArguments, config, num_channels: int | None) -> N
     Raises:
         ValueError: If the flag that names it is missing, or names what cannot be learnt from.
     """
+    if args.base_channels is not None and _frozen_path(args) is None:
+        raise ValueError(
+            "--base_channels is of the network that TEC or dBOT learns from: give --base_model_name_or_path or "
+            "--teacher_model_name_or_path too."
+        )
     for model_type, record in RECORDS.items():
         if record.frozen is None:
             continue
@@ -104,13 +119,16 @@ def describe_frozen(args: ModelArguments, config, num_channels: int | None) -> N
                 frozen, mean, std = read_description(path)
             except (OSError, ValueError) as error:
                 raise ValueError(f"--{flag} {path}: {error}") from error
-            if num_channels is None and args.model_name_or_path is None:
+            if num_channels is None and args.model_name_or_path is None and args.base_channels is None:
                 config.num_channels = frozen.num_channels
-            if frozen.num_channels != config.num_channels:
+            if args.base_channels is None and frozen.num_channels != config.num_channels:
                 raise ValueError(
                     f"--{flag} {path} takes pictures of {frozen.num_channels} channels; these have "
-                    f"{config.num_channels}. Leave --num_channels out, or choose another network."
+                    f"{config.num_channels}. Leave --num_channels out, choose another network, or say by "
+                    f"--base_channels which {frozen.num_channels} of the channels it sees, from 0."
                 )
+            check_frozen_channels(args.base_channels, frozen.num_channels, config.num_channels)
+            setattr(config, f"{name}_channels", args.base_channels)
             setattr(config, f"{name}_config", describe_config(frozen))
             setattr(config, f"{name}_image_mean", mean)
             setattr(config, f"{name}_image_std", std)
@@ -148,7 +166,7 @@ def build_classifier_config(args: ClassifierArguments, image_size: tuple[int, in
     path = args.model_name_or_path
     if path is None:
         model_type = "masked_vit" if args.model_type in BASELINES else args.model_type
-        flags = SimpleNamespace(**{"mask_ratio": None} | vars(args) | {"model_type": model_type})
+        flags = SimpleNamespace(**{"mask_ratio": None, "channel_map": None} | vars(args) | {"model_type": model_type})
         config = build_config(flags, image_size, num_channels)
     else:
         if args.config_overrides or args.patch_size:
@@ -222,8 +240,17 @@ def _start_head(model: PreTrainedModel) -> None:
 def trained_normalization(
     args: ModelArguments | ClassifierArguments,
 ) -> tuple[list[float] | None, list[float] | None]:
-    """Mean and standard deviation that the weights of `model_name_or_path` were trained with; None if not known."""
-    return (None, None) if args.model_name_or_path is None else read_normalization(args.model_name_or_path)
+    """
+    Mean and standard deviation that the weights of `model_name_or_path` were trained with, in the order of the images'
+    channels; None if not known, or in place of a number of a channel that the weights do not have.
+    """
+    if args.model_name_or_path is None:
+        return None, None
+    mean, std = read_normalization(args.model_name_or_path)
+    channel_map = getattr(args, "channel_map", None)
+    if channel_map is not None:
+        mean, std = (map_normalization(values, channel_map) for values in (mean, std))
+    return mean, std
 
 
 def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
@@ -237,7 +264,7 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
             model.take_source(read_source(frozen))
         return model
     source = _read_config(args.model_name_or_path)
-    if source.model_type == args.model_type:
+    if source.model_type == args.model_type and source.num_channels == config.num_channels and not args.channel_map:
         try:
             model, info = _from_pretrained(
                 model_class.from_pretrained, args.model_name_or_path, config, source, initialize_missing=True, **kwargs
@@ -253,7 +280,8 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
         _say_what_is_new(args.model_name_or_path, source, set(missing))
     else:
         model = model_class._from_config(config, **kwargs)
-        model.load_encoder(_load_encoder(args.model_name_or_path, config.image_size))
+        encoder = _load_encoder(args.model_name_or_path, config.image_size)
+        model.load_encoder(with_channels(encoder, config.num_channels, args.channel_map))
         given = ("encoder.", "vit.") if frozen is None else ("encoder.", f"{part.name}.")
         missing = {name for name in model.state_dict() if not name.startswith(given)}
         _say_what_is_new(args.model_name_or_path, source, model.fill_missing(missing))
@@ -368,20 +396,24 @@ def _read_config(path: str) -> PreTrainedConfig:
         raise ValueError(f"--model_name_or_path {path}: {error}") from error
 
 
-def _fields_of_weights(path: str, model_type: str, image_size: tuple[int, int] | None) -> dict:
+def _fields_of_weights(args, image_size: tuple[int, int] | None, num_channels: int | None) -> dict:
+    path, model_type = args.model_name_or_path, args.model_type
     config = _read_config(path)
     if image_size is not None and config.model_type in MODEL_TYPES | ENCODER:
         config = at_image_size(config, image_size)
     if config.model_type == model_type:
         names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
-        return {name: getattr(config, name) for name in names if not name.startswith("_")}
-    if config.model_type not in METHODS | ENCODER:
-        try:
-            config = _load_encoder(path, image_size).config
-        except ValueError as error:
-            raise ValueError(f"--model_name_or_path {path}: {error}") from error
-    given = {name: getattr(config, name) for name in _ENCODER_FIELDS}
-    if not config.use_cls_token and getattr(method_class(model_type, "Config"), "needs_cls_token", True):
-        # The method adds one.
-        del given["use_cls_token"], given["pooling"]
-    return given
+        given = {name: getattr(config, name) for name in names if not name.startswith("_")}
+    else:
+        if config.model_type not in METHODS | ENCODER:
+            try:
+                config = _load_encoder(path, image_size).config
+            except ValueError as error:
+                raise ValueError(f"--model_name_or_path {path}: {error}") from error
+        given = {name: getattr(config, name) for name in _ENCODER_FIELDS}
+        if not config.use_cls_token and getattr(method_class(model_type, "Config"), "needs_cls_token", True):
+            # The method adds one.
+            del given["use_cls_token"], given["pooling"]
+    if args.channel_map is not None:
+        read_channel_map(args.channel_map, given["num_channels"])
+    return given if num_channels is None else given | {"num_channels": num_channels}

@@ -56,6 +56,21 @@ class ModelArguments:
             "one as untrained as the student."
         },
     )
+    channel_map: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "With model_name_or_path: for each channel of the images, in their order, which channel of the "
+            "weights it is, from 0, or - for one that they do not have, e.g. 2 1 0 - for BGR and infrared. Default: "
+            "the weights' channels, or with another num_channels the mean of their filters for each."
+        },
+    )
+    base_channels: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "TEC and dBOT: which channels of the images the network to learn from sees, in its order, from 0, "
+            "e.g. 2 1 0. Default: all."
+        },
+    )
     patch_size: list[int] | None = field(
         default=None, metadata={"help": "Pixels of a patch: one number, or height and width."}
     )

@@ -21,6 +21,8 @@ class DBOTConfig(MaskedAutoencoderConfig):
         teacher_config (config or `dict`, *optional*): The frozen teacher, any ViT with a [CLS] token and the same
             patch grid: a config of ours or of transformers, or a dict; kept as a dict. Without `model_type` it is a
             plain masked ViT. None: the student's own sizes.
+        teacher_channels (`list[int]`, *optional*): Which of the student's channels the teacher sees, in its own order,
+            from 0; a channel may be there twice. All if None.
         image_mean, image_std (`list[float]`, *optional*): How the student's pictures are normalised, by channel, for
             pixel values from 0 to 1.
         teacher_image_mean, teacher_image_std (`list[float]`, *optional*): How the teacher wants them. Where one of the
@@ -46,6 +48,7 @@ class DBOTConfig(MaskedAutoencoderConfig):
     drop_path_rate: float | int = 0.2
     smooth_l1_beta: float | int = 2.0
     teacher_config: dict | PreTrainedConfig | None = None
+    teacher_channels: list[int] | tuple[int, ...] | None = None
     image_mean: list[float] | tuple[float, ...] | None = None
     image_std: list[float] | tuple[float, ...] | None = None
     teacher_image_mean: list[float] | tuple[float, ...] | None = None
@@ -62,7 +65,7 @@ class DBOTConfig(MaskedAutoencoderConfig):
     def for_next_stage(self) -> "DBOTConfig":
         """This config with a teacher of the student's own sizes, which sees the student's pictures."""
         config = copy.deepcopy(self)
-        config.teacher_config = config.teacher_image_mean = config.teacher_image_std = None
+        config.teacher_config = config.teacher_image_mean = config.teacher_image_std = config.teacher_channels = None
         return config
 
     def check_sizes(self) -> None:

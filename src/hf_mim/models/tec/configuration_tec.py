@@ -23,6 +23,8 @@ class TECConfig(MaskedAutoencoderConfig):
         base_config (config or `dict`, *optional*): The base model, any ViT with a [CLS] token: a config of ours or of
             transformers, or a dict; kept as a dict. Without `model_type` it is a plain masked ViT. None: the student's
             own sizes.
+        base_channels (`list[int]`, *optional*): Which of the student's channels the base sees, in the base's order,
+            from 0; a channel may be there twice. All if None.
         initialize_from_base (`bool`, defaults to False): Whether the encoder starts with the base's weights (section
             3.2: worse than starting anew).
         feature_layers (`int`, defaults to 2): Blocks of the base, the last ones, whose outputs are averaged for the
@@ -62,6 +64,7 @@ class TECConfig(MaskedAutoencoderConfig):
 
     decoder_num_hidden_layers: int = 2
     base_config: dict | PreTrainedConfig | None = None
+    base_channels: list[int] | tuple[int, ...] | None = None
     initialize_from_base: bool = False
     feature_layers: int = 2
     feature_normalization: str = "patch"

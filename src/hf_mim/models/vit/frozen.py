@@ -6,7 +6,7 @@ pooler), and attention logits are had for chosen rows without eager attention an
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,8 @@ class FrozenViT(nn.Module):
         pixels (`dict`, *optional*): `source_mean`, `source_std`, `target_mean`, `target_std`, lists of one number a
             channel, None where not known: how the pictures it is given are normalised, and how it wants them.
         attn_implementation (`str`, *optional*): As the student's; transformers' choice if None.
+        channels (`list[int]`, *optional*): Which channels of the student's pictures it sees, in its own order; all if
+            None. `source_mean` and `source_std` are of all.
         name (`str`, defaults to `"frozen"`): With which the fields that describe it start in the method's config.
 
     Raises:
@@ -125,6 +127,7 @@ class FrozenViT(nn.Module):
         pixels: Mapping[str, list] | None = None,
         attn_implementation: str | None = None,
         name: str = "frozen",
+        channels: Sequence[int] | None = None,
     ):
         super().__init__()
         self.name = name
@@ -144,13 +147,31 @@ class FrozenViT(nn.Module):
         self.network = _build(config, self.layout, attn_implementation)
         # Not the method's description of it: the attention implementation that is set later is in this one.
         self.config = self.network.config
-        self.pixels = PixelRenormalization(config.num_channels, **(pixels or {}))
+        self.channels = None if channels is None else list(channels)
+        check_frozen_channels(self.channels, config.num_channels)
+        self.pixels = self._renormalization(**(pixels or {}))
         # Set by `load_source`, and by loading a checkpoint or a state dict that has it.
         self.is_trained = False
         self.register_load_state_dict_pre_hook(_take_for_trained)
         self._has_said = False
         self.requires_grad_(False)
         self.eval()
+
+    def set_source_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Tells how the pictures that it is given are normalised, one number a channel of theirs or one for all."""
+        _, _, target_mean, target_std = self.pixels.numbers
+        device = next(self.network.parameters()).device
+        self.pixels = self._renormalization(mean, std, target_mean, target_std).to(device)
+
+    def _renormalization(
+        self, source_mean=None, source_std=None, target_mean=None, target_std=None
+    ) -> PixelRenormalization:
+        if self.channels is not None:
+            source_mean, source_std = (
+                numbers if numbers is None or len(numbers) == 1 else [numbers[channel] for channel in self.channels]
+                for numbers in (source_mean, source_std)
+            )
+        return PixelRenormalization(self.config.num_channels, source_mean, source_std, target_mean, target_std)
 
     @property
     def hidden_size(self) -> int:
@@ -181,10 +202,14 @@ class FrozenViT(nn.Module):
         """
         if not 1 <= num_last_layers <= self.num_layers:
             raise ValueError(f"num_last_layers is {num_last_layers}; the frozen network has {self.num_layers} blocks.")
+        if self.channels is not None:
+            check_frozen_channels(self.channels, self.config.num_channels, pixel_values.shape[1])
+            pixel_values = pixel_values[:, self.channels]
         if pixel_values.shape[1] != self.config.num_channels:
             raise ValueError(
                 f"The pictures have {pixel_values.shape[1]} channels, the frozen network takes "
-                f"{self.config.num_channels}. Train with num_channels={self.config.num_channels}."
+                f"{self.config.num_channels}. Train with num_channels={self.config.num_channels}, or say by "
+                f"{self.name}_channels which of them it sees."
             )
         self._say_what_is_not_known()
         network, num_prefix = self.network, 1 + getattr(self.config, "num_register_tokens", 0)
@@ -257,7 +282,30 @@ def build_frozen(config: MaskedViTConfig, name: str) -> FrozenViT:
         "target_std": getattr(config, f"{name}_image_std"),
     }
     described = frozen_config(getattr(config, f"{name}_config"), config)
-    return FrozenViT(described, config.grid_size, pixels, config._attn_implementation, name)
+    channels = getattr(config, f"{name}_channels")
+    check_frozen_channels(channels, described.num_channels, config.num_channels)
+    return FrozenViT(described, config.grid_size, pixels, config._attn_implementation, name, channels)
+
+
+def check_frozen_channels(channels: Sequence[int] | None, wanted: int, given: int | None = None) -> None:
+    """
+    Raises ValueError if the channels that a frozen network is to see are not as many as it takes, or not there.
+
+    Args:
+        channels: Indices into the pictures' channels, which may be there twice, as a grey one for a network of RGB.
+        wanted (`int`): Channels that the network takes.
+        given (`int`, *optional*): Channels of the pictures, where that is known.
+    """
+    if channels is None:
+        return
+    if len(channels) != wanted:
+        raise ValueError(f"The base's channels are {list(channels)}; the network takes {wanted}: name so many.")
+    beyond = [channel for channel in channels if channel < 0 or (given is not None and channel >= given)]
+    if beyond:
+        raise ValueError(
+            f"The base's channels are {list(channels)}, and {beyond[0]} is none of the pictures' {given}: name "
+            f"numbers from 0 to {'' if given is None else given - 1}."
+        )
 
 
 def _take_for_trained(frozen: FrozenViT, state: Mapping[str, torch.Tensor], prefix: str, *_) -> None:

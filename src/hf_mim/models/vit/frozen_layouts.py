@@ -63,10 +63,12 @@ def frozen_config(described, student: MaskedViTConfig) -> PreTrainedConfig:
 _NOT_DESCRIBED = {
     "_name_or_path",
     "architectures",
+    "base_channels",
     "base_config",
     "dtype",
     "id2label",
     "label2id",
+    "teacher_channels",
     "teacher_config",
     "transformers_version",
 }

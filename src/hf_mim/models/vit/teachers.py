@@ -7,7 +7,6 @@ from transformers.utils import logging
 
 from .averaging import average_weights
 from .configuration_vit import MaskedViTConfig
-from .pixels import PixelRenormalization
 
 logger = logging.get_logger(__name__)
 
@@ -69,9 +68,7 @@ class FrozenTeacherMixin:
         if self.config.image_mean is not None:
             return
         self.config.image_mean, self.config.image_std = list(map(float, mean)), list(map(float, std))
-        teacher = self.get_submodule(self.teacher_name)
-        wanted = teacher.pixels.numbers[2:]
-        teacher.pixels = PixelRenormalization(teacher.config.num_channels, mean, std, *wanted).to(self.device)
+        self.get_submodule(self.teacher_name).set_source_normalization(mean, std)
 
 
 class AveragedTeacherMixin:
