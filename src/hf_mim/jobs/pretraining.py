@@ -47,6 +47,7 @@ from ..training.stages import (
     stage_arguments,
     where_to_start,
 )
+from ..training.trainable import add_encoder_lora, check_partial_pretraining, train_last_blocks
 from ..training.trainer import MIMTrainer
 
 _NUM_SHOWN = 8
@@ -76,6 +77,7 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
         raise ValueError("--streaming data has no length, so give --max_steps (and --warmup_steps, not epochs).")
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
     describe_frozen(model_args, config, data_args.num_channels)
+    check_partial_pretraining(model_args, config, training_args)
     first, checkpoint = where_to_start(stages, config)
     data_args = data_args.for_model(config.num_channels, as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
@@ -97,6 +99,8 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
     settings = {
         "start": model_args.model_name_or_path or "untrained",
         "learns_from": model_args.base_model_name_or_path or model_args.teacher_model_name_or_path,
+        "trainable_blocks": model_args.trainable_blocks,
+        "lora_rank": model_args.lora_rank,
         "channel_map": model_args.channel_map and list(map(str, model_args.channel_map)),
         "crop_scale_min": data_args.crop_scale_min,
         "horizontal_flip": data_args.horizontal_flip,
@@ -107,13 +111,18 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
     for stage in range(first, len(stages)):
         if stage > first:
             # What is left of the stage before goes first: two stages would need twice the memory.
-            trainer = reconstructions = interrupt = None
+            trainer = model = tuner = reconstructions = interrupt = None
             gc.collect()
         args = stages[stage]
         train_data, held_out = build_datasets(data_args, args, config, pictures, processor, mean, std)
         set_seed(args.seed)
+        model, tuner = build_stage(model_args, config, stages, stage), None
+        if model_args.trainable_blocks is not None:
+            train_last_blocks(model, model_args.trainable_blocks)
+        elif model_args.lora_rank is not None:
+            tuner = add_encoder_lora(model, model_args.lora_rank, model_args.model_name_or_path)
         trainer = MIMTrainer(
-            model=build_stage(model_args, config, stages, stage),
+            model=model,
             args=args,
             train_dataset=train_data,
             eval_dataset=held_out,
@@ -155,6 +164,10 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
             return 130
         if len(stages) > 1:
             save_stage(trainer)
+    if tuner is not None:
+        if trainer.is_world_process_zero():
+            tuner.save_pretrained(str(Path(training_args.output_dir) / "adapter"))
+        tuner.merge_and_unload()
     # The last stage's model is the run's.
     trainer.args.output_dir, trainer.args.seed = training_args.output_dir, training_args.seed
     # "Internal": without pushing, which waits for the card.

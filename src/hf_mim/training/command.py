@@ -71,6 +71,17 @@ class ModelArguments:
             "e.g. 2 1 0. Default: all."
         },
     )
+    trainable_blocks: int | None = field(
+        default=None,
+        metadata={"help": "With model_name_or_path: train the last so many blocks of the encoder and no others."},
+    )
+    lora_rank: int | None = field(
+        default=None,
+        metadata={
+            "help": "With model_name_or_path: train low-rank updates of this rank on the encoder's blocks, by PEFT, "
+            "in place of the encoder. They are saved in adapter/, and merged into the model at the end."
+        },
+    )
     patch_size: list[int] | None = field(
         default=None, metadata={"help": "Pixels of a patch: one number, or height and width."}
     )
