@@ -45,6 +45,8 @@ METHODS = {
     "PiLaMIM": ["--model_type=pilamim"],
     "PiLaMIM without [CLS] loss": ["--model_type=pilamim", "--config_overrides=use_cls_loss=false"],
     "OCL": ["--model_type=ocl"],
+    # The paper's ablation over the number of negatives.
+    "OCL, 64 a step": ["--model_type=ocl"],
     "dBOT (2 stages)": ["--model_type=dbot", "--num_stages=2"],
     "TEC (base: MAE)": ["--model_type=tec", "--base_model_name_or_path={runs}/MAE"],
     # What TEC has to beat: the base, trained on for as long.
@@ -68,9 +70,9 @@ SUPERVISED = "supervised"
 UNTRAINED = "untrained"
 # Images per step: contrast lives on the number of negatives.
 BATCH_SIZE = 128
-BATCH_SIZE_OCL = 256
+BATCH_SIZES = {"OCL": 256, "OCL, 64 a step": 64, "OCL, 2,000,000 images": 256}
 _SHORT = ["dBOT (2 stages, first teacher PiLaMIM)"]
-_CURVES = ["dBOT (2 stages, first teacher MAE)"]
+_CURVES = ["dBOT (2 stages, first teacher MAE)", "OCL, 64 a step"]
 _LONG = [name for name in METHODS if name.endswith("images")]
 
 
@@ -215,7 +217,7 @@ def pretrain(cell: Cell, args) -> list[dict]:
     data = DATA[cell.data]
     flags = [*data_flags(cell.data, args), f"--crop_scale_min={data.crop_scale_min}"]
     flags += [flag.format(runs=cell.folder(args).parent) for flag in METHODS[cell.method]]
-    batch = BATCH_SIZE_OCL if cell.method.startswith("OCL") else BATCH_SIZE
+    batch = BATCH_SIZES.get(cell.method, BATCH_SIZE)
     flags += [f"--per_device_train_batch_size={batch}", f"--seed={cell.seed}"]
     # Stages share the images among them; --max_steps is the length of one.
     stages = 2 if "--num_stages=2" in flags else 1

@@ -20,6 +20,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
+import claims
 from hf_mim.files import replacing, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -131,11 +132,11 @@ def all_tables(found: dict, known: list[str]) -> str:
 def marked_files(root: Path = REPOSITORY) -> list[Path]:
     """README, docs and cards that have a table of the comparison."""
     paths = [root / "README.md", *sorted((root / "docs").rglob("*.md")), *sorted((root / "model_cards").glob("*.md"))]
-    return [path for path in paths if path.is_file() and _MARKED.search(path.read_text(encoding="utf-8"))]
+    return [path for path in paths if path.is_file() and "<!-- end of c" in path.read_text(encoding="utf-8")]
 
 
 def renewed(text: str, found: dict, known: list[str]) -> str:
-    """A text with its marked tables written anew."""
+    """A text with its marked tables, and that of the claims, written anew."""
 
     def table(match: re.Match) -> str:
         data, methods, columns = (part.strip() for part in match[2].split("|"))
@@ -146,7 +147,7 @@ def renewed(text: str, found: dict, known: list[str]) -> str:
         columns = {title.strip(): metric.strip() for title, _, metric in pairs}
         return match[1] + markdown(found, data, names, columns) + match[3]
 
-    return _MARKED.sub(table, text)
+    return claims.renewed(_MARKED.sub(table, text), found)
 
 
 def stale_files(found: dict, known: list[str], root: Path = REPOSITORY) -> list[Path]:

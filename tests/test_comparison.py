@@ -8,6 +8,7 @@ import pytest
 from tiny_training import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+import claims  # noqa: E402
 import comparison  # noqa: E402
 import results_table  # noqa: E402
 from comparison import METHODS, Cell  # noqa: E402
@@ -134,3 +135,46 @@ class TestCells:
         assert {("raw pixels", 0, "k-NN/a", 1.0), (None, None, "linear/[CLS]/a", 2.0)} <= found
         assert {("stage 0", None, "RankMe/mean", 3.0), (None, None, "attentive/a", 4.0)} <= found
         assert ("untrained", 0, "attentive/a", 5.0) in found
+
+
+class TestClaims:
+    """Which of the papers' claims the numbers show."""
+
+    claim = claims.Claim("A above B", (claims.Pair("d", "A", ("B", "raw pixels"), ("linear/mean/label",), 2.0),))
+
+    def found(self, **methods) -> dict:
+        rows = [
+            row(value, data="d", method=name.replace("_", " "), seed=seed, metric=metric)
+            for name, (metric, *values) in methods.items()
+            for seed, value in enumerate(values)
+        ]
+        return results_table.scores(rows)
+
+    @pytest.mark.parametrize(
+        ("a", "b", "pixels", "verdict"),
+        [
+            ([13.0], [10.0], [5.0], "seen"),
+            ([11.0], [10.0], [5.0], "not seen"),
+            # Raw pixels have one number for all kinds of features, and the best of the others counts.
+            ([13.0], [10.0], [12.0], "not seen"),
+            # Apart by 3, with a standard error of sqrt(16 / 3 + 16 / 3) = 3.3.
+            ([9.0, 13.0, 17.0], [6.0, 10.0, 14.0], [5.0], "not seen"),
+            ([12.9, 13.0, 13.1], [9.9, 10.0, 10.1], [5.0], "seen"),
+        ],
+    )
+    def test_by_hand(self, a, b, pixels, verdict):
+        metric = "linear/mean/label"
+        found = self.found(A=(metric, *a), B=(metric, *b), raw_pixels=("linear/label", *pixels))
+        assert claims.judge(self.claim, found)[0] == verdict
+
+    def test_a_number_that_is_missing(self):
+        assert claims.judge(self.claim, self.found(A=("linear/mean/label", 3.0))) == ("not measured", "")
+
+    def test_every_claim_is_of_methods_that_are_compared(self):
+        known = {*METHODS, *results_table.REFERENCES}
+        for claim in claims.CLAIMS:
+            for pair in claim.pairs:
+                assert pair.data in comparison.DATA
+                assert {name.partition(", after stage ")[0] for name in (pair.better, *pair.worse)} <= known
+                assert pair.better in comparison.DATA[pair.data].methods
+        assert "| seen |" not in claims.table({}) and len(claims.table({}).splitlines()) == len(claims.CLAIMS) + 2
