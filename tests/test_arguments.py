@@ -83,6 +83,19 @@ class TestPrecision:
         assert args.bf16 is supported
         assert args.mixed_precision == ("bf16" if supported else "no")
 
+    @pytest.mark.parametrize("where", ["", "checkpoint-4", "stage-0"])
+    @pytest.mark.parametrize("began", ["bfloat16", "float32"])
+    def test_a_run_goes_on_as_it_began(self, tmp_path, monkeypatch, began, where):
+        monkeypatch.setattr("hf_mim.training.arguments.supports_bf16", lambda use_cpu: began == "float32")
+        monkeypatch.setattr("hf_mim.training.checkpoints.find_damage", lambda folder: None)
+        (tmp_path / where).mkdir(exist_ok=True)
+        (tmp_path / where / "run.json").write_text(json.dumps({"decides": {"precision": began}}))
+        args = {"output_dir": str(tmp_path), "use_cpu": True}
+        assert MIMTrainingArguments(**args).precision == began
+        # Asked for, or begun anew: no longer as it was.
+        assert MIMTrainingArguments(**args, resume_from_checkpoint="false").precision != began
+        assert MIMTrainingArguments(**args, bf16=began == "float32").precision != began
+
     @pytest.mark.parametrize("wanted", [True, False])
     def test_asked_for(self, tmp_path, monkeypatch, wanted):
         monkeypatch.setattr("hf_mim.training.arguments.supports_bf16", lambda use_cpu: not wanted)

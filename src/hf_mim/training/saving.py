@@ -24,7 +24,9 @@ _STATE = "trainer_state.json"
 
 
 class SavingMixin:
-    """Of a `Trainer` with `run_settings`, see [`ViTTrainer`], and `_is_saving`, True within `_save_checkpoint`."""
+    """
+    Of a `Trainer` with `run_settings`, see [`ViTTrainer`], `speed`, and `_is_saving`, True within `_save_checkpoint`.
+    """
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
@@ -118,6 +120,10 @@ class SavingMixin:
         return str(unfinished(folder)) if self._is_saving else folder
 
     def _save_checkpoint(self, model, trial):
+        with self.speed.not_training():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model, trial) -> None:
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         push_to_hub, self.args.push_to_hub = self.args.push_to_hub, False
         self._is_saving = True
