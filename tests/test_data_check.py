@@ -1,8 +1,5 @@
 """`hf_mim check`: what it finds in a data set, and its exit status."""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -10,6 +7,7 @@ from PIL import Image
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.inspection import inspect_images
 from hf_mim.jobs.check import main
+from tiny_training import run
 
 
 def save(path, value=0, mode="RGB", size=(8, 6)):
@@ -119,7 +117,5 @@ def test_a_broken_picture_points_to_the_check():
 
 def test_the_command(tmp_path):
     folder(tmp_path)
-    run = subprocess.run(
-        [sys.executable, "-m", "hf_mim", "check", str(tmp_path), "--num_workers=2"], capture_output=True, text=True
-    )
-    assert run.returncode == 0 and "All 9 pictures can be read." in run.stdout, run.stderr
+    result = run(["-m", "hf_mim", "check", str(tmp_path), "--num_workers=2"])
+    assert result.returncode == 0 and "All 9 pictures can be read." in result.stdout, result.stderr

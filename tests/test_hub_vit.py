@@ -1,8 +1,5 @@
 """Export to transformers' own ViT and import from it: the same numbers on both sides."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from transformers import (
@@ -18,6 +15,7 @@ import hf_mim
 from hf_mim.models.vit.encoders import encoder_from
 from hf_mim.registry import METHODS
 from tiny import scrambled, slow_position_table, tiny_batch, tiny_model
+from tiny_training import run
 
 # Sizes that ViT knows too, and not its defaults.
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 80}
@@ -115,7 +113,7 @@ with torch.no_grad():
     torch.save((outputs.last_hidden_state, outputs.pooler_output, classifier(pixel_values).logits), folder / "out.pt")
 assert not [name for name in sys.modules if name.split(".")[0] == "hf_mim"]
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run(["-c", code])
     assert result.returncode == 0, result.stderr
     last_hidden_state, pooler_output, logits = torch.load(tmp_path / "out.pt")
     with torch.no_grad():

@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from hf_mim.data.arguments import DataArguments
+from hf_mim.jobs.check import CheckArguments, name_data
 from hf_mim.jobs.finetuning import FineTuningArguments
 from hf_mim.jobs.linear_probe import PRESETS as PROBE_PRESETS
 from hf_mim.jobs.linear_probe import ProbeArguments
@@ -23,6 +24,7 @@ SCRIPTS = {
     "run_representation_report": ((ReportArguments, DataArguments), {}),
 }
 SUBCOMMANDS = dict(zip(("pretrain", "finetune", "probe", "report"), SCRIPTS.values(), strict=True))
+SUBCOMMANDS["check"] = ((DataArguments, CheckArguments), {})
 # Flags without which nothing is read, for those that are printed alone.
 NEEDED = {
     "run_mim": [],
@@ -30,7 +32,8 @@ NEEDED = {
     "run_linear_probe": ["--model_name_or_path=x"],
     "run_representation_report": ["--model_names_or_paths=x"],
 }
-NEEDED |= dict(zip(SUBCOMMANDS, NEEDED.values(), strict=True))
+NEEDED = {name: ["--output_dir=x", *words] for name, words in NEEDED.items()}
+NEEDED |= dict(zip(SUBCOMMANDS, NEEDED.values(), strict=False)) | {"check": []}
 PRINTED = [
     *REPOSITORY.glob("*.md"),
     *REPOSITORY.glob("docs/**/*.md"),
@@ -50,7 +53,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     for span in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)):
         text = text.replace(f"`{span}`", f"\n{span.replace(chr(10), ' ')}\n")
     for line in text.splitlines():
-        match = re.search(r"(?:examples/(run_\w+)\.py|\bhf_mim (pretrain|finetune|probe|report))\b(.*)", line)
+        match = re.search(r"(?:examples/(run_\w+)\.py|\bhf_mim (pretrain|finetune|probe|report|check))\b(.*)", line)
         if match and (match[1] or re.match(r"\s*(\S+ )*(python -m |-m )?hf_mim ", line)):
             found.append((match[1] or match[2], shlex.split(match[3], comments=True)))
     return found
@@ -64,6 +67,8 @@ def test_there_are_some():
     assert commands("x\n    python examples/run_mim.py --a b \\\n  --c\n") == [("run_mim", ["--a", "b", "--c"])]
     assert commands("see `accelerate launch examples/run_mim.py --a\nb` there") == [("run_mim", ["--a", "b"])]
     assert commands("accelerate launch -m hf_mim pretrain --a  # says why") == [("pretrain", ["--a"])]
+    assert commands("so `hf_mim check mine` reads") == [("check", ["mine"])]
+    assert {script for _, script, _ in COMMANDS} == {*SCRIPTS, *SUBCOMMANDS}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +79,9 @@ def test_commands(monkeypatch, path, script, words):
     classes, presets = (SCRIPTS | SUBCOMMANDS)[script]
     # Commands that are only named, in a list of them, lack these.
     given = {word.partition("=")[0] for word in words}
-    words = [*words, *(word for word in ["--output_dir=x", *NEEDED[script]] if word.partition("=")[0] not in given)]
+    words = [*words, *(word for word in NEEDED[script] if word.partition("=")[0] not in given)]
+    if script == "check":
+        words = name_data(words)
     parse_arguments(classes, words, presets)
 
 
@@ -95,7 +102,7 @@ def test_flags(words):
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
     known = {
         script: {option for action in _Parser(classes)._actions for option in action.option_strings}
-        for script, (classes, _) in SCRIPTS.items()
+        for script, (classes, _) in (SCRIPTS | {"check": SUBCOMMANDS["check"]}).items()
     }
     owners = [script for script, options in known.items() if set(names) <= options]
     if not owners:
@@ -105,9 +112,9 @@ def test_flags(words):
         return  # named, not given
     errors = []
     for script in owners:
-        classes, presets = SCRIPTS[script]
+        classes, presets = (SCRIPTS | SUBCOMMANDS)[script]
         try:
-            parse_arguments(classes, [*words, "--output_dir=x", *NEEDED[script]], presets)
+            parse_arguments(classes, [*words, *NEEDED[script]], presets)
             return
         except ValueError as error:
             errors.append(str(error))

@@ -1,8 +1,5 @@
 """What `import hf_mim` does, in processes of their own, and what it leaves alone."""
 
-import subprocess
-import sys
-
 import pytest
 import transformers
 
@@ -10,13 +7,14 @@ import hf_mim
 from hf_mim.data.image_processing import MIMImageProcessor, build_image_processor
 from hf_mim.registry import METHODS, method_class, method_module
 from tiny import tiny_model
+from tiny_training import run
 
 SUFFIXES = ("Config", "Model", "ForPreTraining", "ForImageClassification", "Backbone")
 
 
 def run_python(code: str) -> str:
     """What a new interpreter prints."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    result = run(["-c", code])
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -38,6 +36,25 @@ for code in {codes!r}:
 
 def modules_after(code: str) -> set[str]:
     return set(run_python(f"{code}\nimport sys\nprint(*sys.modules, sep='\\n')").split())
+
+
+def test_importing_costs_nothing():
+    """Transformers' Auto classes learn of ours when they are imported themselves."""
+    names = {name.split(".")[0] for name in modules_after("import hf_mim")}
+    assert not names & {"torch", "transformers", "numpy", "huggingface_hub"}
+
+
+def test_auto_classes_know_ours_in_all_orders(tmp_path):
+    tiny_model("ocl", "Model").save_pretrained(tmp_path)
+    load = f"AutoModel.from_pretrained({str(tmp_path)!r})"
+    codes = [
+        f"import hf_mim\nfrom transformers import AutoModel\nprint(type({load}).__name__)",
+        f"from transformers import AutoModel\nimport hf_mim\nprint(type({load}).__name__)",
+        "import hf_mim\nfrom transformers import AutoConfig\n"
+        f"print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)",
+    ]
+    # Torch is imported once; what of transformers is, each process decides.
+    assert run_forked("import torch, transformers", codes) == ["OCLModel", "OCLModel", "OCLConfig"]
 
 
 def test_importing_costs_no_model_and_no_data_library():
@@ -155,15 +172,17 @@ def test_image_processor_in_all_orders(first, tmp_path):
 def test_registering_twice_changes_nothing():
     printed = run_python(
         "import hf_mim, sys\n"
-        "finders = len(sys.meta_path)\n"
+        "from hf_mim.registry import _AfterImport\n"
+        "waiting = lambda: sum(isinstance(finder, _AfterImport) for finder in sys.meta_path)\n"
+        "found = [waiting()]\n"
         "hf_mim.register_auto_classes()\n"
-        "assert len(sys.meta_path) == finders\n"
-        "from transformers import AutoImageProcessor\n"
-        "assert len(sys.meta_path) == finders - 1\n"
+        "found.append(waiting())\n"
+        "from transformers import AutoImageProcessor, AutoModel\n"
+        "found.append(waiting())\n"
         "hf_mim.register_auto_classes()\n"
-        "print(len(sys.meta_path) - finders)"
+        "print(found, waiting())"
     )
-    assert printed.strip() == "-1"
+    assert printed.strip() == "[1, 1, 0] 0"
 
 
 WANTED = """

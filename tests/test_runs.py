@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,7 +15,7 @@ from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.callbacks import SaveOnInterrupt
 from hf_mim.training.errors import plain_message
 from hf_mim.training.run_lock import only_run_in
-from tiny_training import FLAGS, REPOSITORY, environment, pictures, write_pictures
+from tiny_training import FLAGS, pictures, started, write_pictures
 
 RUN = ["--num_train_epochs=2", "--save_strategy=steps", "--save_steps=5", "--references=false", "--bf16=false"]
 
@@ -170,20 +168,12 @@ class TestOneRunAFolder:
     HOLD += "with only_run_in(sys.argv[1]): print('in', flush=True); time.sleep(60)"
 
     def test_the_second_is_refused_until_the_first_is_killed(self, tmp_path):
-        with subprocess.Popen(
-            [sys.executable, "-c", self.HOLD, str(tmp_path / "out")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            cwd=REPOSITORY,
-        ) as process:
-            try:
-                assert process.stdout.readline() == "in\n"
-                said = f"Another run is writing into .*process {process.pid} on"
-                with pytest.raises(ValueError, match=said), only_run_in(tmp_path / "out"):
-                    pass
-            finally:
-                process.send_signal(signal.SIGKILL)
+        with started(["-c", self.HOLD, str(tmp_path / "out")]) as process:
+            assert process.stdout.readline() == "in\n"
+            said = f"Another run is writing into .*process {process.pid} on"
+            with pytest.raises(ValueError, match=said), only_run_in(tmp_path / "out"):
+                pass
+            process.send_signal(signal.SIGKILL)
         with only_run_in(tmp_path / "out"):
             assert (tmp_path / "out").is_dir()
 

@@ -1,8 +1,6 @@
 """The baseline: transformers' ViTMAE under our trainer, and stock again on disk."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -149,7 +147,7 @@ class TestModel:
             f"model = AutoModelForPreTraining.from_pretrained({str(tmp_path)!r})\n"
             "print(type(model).__name__, type(model).__module__.split('.')[0], 'hf_mim' in sys.modules)"
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        result = run(["-c", code])
         assert result.stdout.split() == ["ViTMAEModel", "ViTMAEForPreTraining", "transformers", "False"]
 
     def test_auto_classes_stay_stock(self, tmp_path):

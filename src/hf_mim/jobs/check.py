@@ -43,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: 0, or 1 where a picture is missing, broken, too large or of other channels.
     """
-    return run_job(lambda: check(*parse_arguments((DataArguments, CheckArguments), _name_data(argv), presets={})))
+    return run_job(lambda: check(*parse_arguments((DataArguments, CheckArguments), name_data(argv), presets={})))
 
 
-def _name_data(argv: list[str] | None) -> list[str] | None:
+def name_data(argv: list[str] | None) -> list[str] | None:
     """The command line, its first word as the flag that it stands for."""
     if not argv or argv[0].startswith("-") or argv[0].endswith((".json", ".yaml", ".yml")):
         return argv
