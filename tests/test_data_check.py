@@ -1,13 +1,15 @@
 """`hf_mim check`: what it finds in a data set, and its exit status."""
 
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from hf_mim import __main__ as command
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.inspection import inspect_images
 from hf_mim.jobs.check import main
-from tiny_training import run
 
 
 def save(path, value=0, mode="RGB", size=(8, 6)):
@@ -115,7 +117,8 @@ def test_a_broken_picture_points_to_the_check():
     assert "`hf_mim check` with the same flags" in plain_message(BrokenImageError("a.png: broken."))
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf_mim"])
     folder(tmp_path)
-    result = run(["-m", "hf_mim", "check", str(tmp_path), "--num_workers=2"])
-    assert result.returncode == 0 and "All 9 pictures can be read." in result.stdout, result.stderr
+    assert command.main(["check", str(tmp_path), "--num_workers=2"]) == 0
+    assert "All 9 pictures can be read." in capsys.readouterr().out

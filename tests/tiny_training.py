@@ -124,6 +124,7 @@ def started(command: list[str], **changes: str) -> Iterator[subprocess.Popen]:
     """
     process = subprocess.Popen(
         [sys.executable, *command],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -17,6 +17,7 @@ from .checkpoints import (
     unfinished,
 )
 from .losses import NonFiniteLossError
+from .run_lock import only_run_in
 from .run_record import RUN_RECORD, check_same_run, run_record, set_record_aside, write_record
 
 # What transformers calls the state of a training.
@@ -33,8 +34,13 @@ class SavingMixin:
         As `Trainer.train`; True goes on from the last whole checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is of a run that was decided otherwise; see [`run_record`].
+            ValueError: If the checkpoint is of a run that was decided otherwise, see [`run_record`]; or if another
+                process is training into `output_dir`.
         """
+        with only_run_in(self.args.output_dir):
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
