@@ -29,6 +29,8 @@ extras["dev"] = sorted(
         "nbclient>=0.10",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
+        # The wheel's test, and build-system.requires.
+        "setuptools>=77",
         "ruff==0.17.5",
         *(requirement for name, group in extras.items() if name != "docs" for requirement in group),
     }

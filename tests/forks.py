@@ -9,12 +9,13 @@ from tiny_training import started
 
 # Of hf_mim and transformers nothing is imported yet: what is, and in which order, each piece of code decides.
 _SERVER = """
-import json, os, sys, traceback
+import json, os, sys, tempfile, traceback
 import torch, torch._dynamo
 for line in sys.stdin:
     read, write = os.pipe()
+    errors = tempfile.TemporaryFile("w+")
     if (child := os.fork()) == 0:
-        os.dup2(write, 1), os.dup2(write, 2), os.close(read)
+        os.dup2(write, 1), os.dup2(errors.fileno(), 2), os.close(read)
         status = 1
         try:
             exec(json.loads(line), {"__name__": "__main__"})
@@ -26,7 +27,10 @@ for line in sys.stdin:
     os.close(write)
     with open(read) as pipe:
         said = pipe.read()
-    print(json.dumps([os.waitpid(child, 0)[1], said]), flush=True)
+    status = os.waitpid(child, 0)[1]
+    errors.seek(0)
+    print(json.dumps([status, said, errors.read()]), flush=True)
+    errors.close()
 """
 
 
@@ -37,11 +41,11 @@ class Forks:
         self._process = process
 
     def __call__(self, code: str) -> str:
-        """What the code prints; an AssertionError with that and its traceback if it fails."""
+        """What the code prints; an AssertionError with its traceback if it fails."""
         self._process.stdin.write(json.dumps(code) + "\n")
         self._process.stdin.flush()
-        status, said = json.loads(self._process.stdout.readline())
-        assert status == 0, said
+        status, said, errors = json.loads(self._process.stdout.readline())
+        assert status == 0, errors
         return said
 
 
