@@ -381,7 +381,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
     @torch.no_grad()
     def load_vit_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
         """
-        Takes the weights of another encoder, as `vit_state_dict` gives them; what a ViT has not stays as it is.
+        Takes the weights of another encoder, as `vit_state_dict` gives them; what a ViT has not stays as it is. Number
+        of heads, activation and epsilon cannot be told from weights: whoever has the other's config asks
+        `refuse_other_network` first, as `load_encoder` of the pretraining models does.
 
         Raises:
             RuntimeError: If names or shapes differ.
