@@ -224,8 +224,11 @@ def pretrain(cell: Cell, args) -> list[dict]:
     batch = BATCH_SIZES.get(cell.method, data.batch)
     flags += [f"--per_device_train_batch_size={batch}", f"--seed={cell.seed}"]
     if cell.data == "scenes" and cell.method.startswith(("MAE", "PiLaMIM")):
-        # As on the other data: that of the scenes' own schedule goes with small batches.
-        flags += [f"--base_learning_rate={preset_training('tiny', 'pilamim')['base_learning_rate']}"]
+        # As on the other data: the scenes' own schedule goes with small batches.
+        flags += [
+            f"--base_learning_rate={preset_training('tiny', 'pilamim')['base_learning_rate']}",
+            "--mask_ratio=0.75",
+        ]
     # Stages share the images among them; --max_steps is the length of one.
     stages = 2 if "--num_stages=2" in flags else 1
     steps = max(1, cell.images(args) // batch // stages)

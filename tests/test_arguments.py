@@ -191,6 +191,7 @@ class TestRecipes:
             training = parse(*argv, tmp_path=tmp_path)[2]
             assert training.per_device_train_batch_size == expected["per_device_train_batch_size"]
             assert training.num_train_epochs == expected["num_train_epochs"]
+            assert parse(*argv, tmp_path=tmp_path)[0].mask_ratio == expected.get("mask_ratio")
         # What it was tried with; a rate that is typed is the rate of any batch; other sizes are for other machines.
         assert parse("--model_type=ocl", tmp_path=tmp_path)[2].per_device_train_batch_size == 256
         typed = parse("--base_learning_rate=4e-3", "--per_device_train_batch_size=64", tmp_path=tmp_path)[2]
