@@ -1,13 +1,8 @@
 """Packaging of hf_mim."""
 
-import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
-
-# The one place of the version; importing the package would need what is not installed yet.
-PACKAGE = Path(__file__).with_name("src") / "hf_mim" / "__init__.py"
-VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 extras = {
     # Tracking runs beyond the files that every run writes.
@@ -18,9 +13,13 @@ extras = {
     "peft": ["peft>=0.18"],
     # The pages of docs/: mkdocs build.
     "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
+    # hf_mim export --format onnx.
+    "export": ["onnx>=1.19", "onnxscript>=0.5.4", "onnxruntime>=1.22"],
     # Multiband pictures.
     "tiff": ["tifffile>=2025.5", "imagecodecs>=2025.3"],
 }
+# All that the package itself has a use for.
+extras["all"] = sorted(requirement for name, group in extras.items() if name != "docs" for requirement in group)
 extras["dev"] = sorted(
     {
         "hypothesis>=6.150",
@@ -29,16 +28,14 @@ extras["dev"] = sorted(
         "nbclient>=0.10",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
-        # The wheel's test, and build-system.requires.
-        "setuptools>=77",
         "ruff==0.17.5",
-        *(requirement for name, group in extras.items() if name != "docs" for requirement in group),
+        *extras["all"],
     }
 )
 
 setup(
     name="hf_mim",
-    version=VERSION,
+    version="0.1.0.dev0",
     description="Masked image modelling (PiLaMIM, TEC, OCL, dBOT) native to the Hugging Face stack",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -6,13 +6,15 @@ import shlex
 import pytest
 
 from hf_mim.data.arguments import DataArguments
-from hf_mim.jobs.check import CheckArguments, name_data
+from hf_mim.jobs.convert import ConvertArguments
+from hf_mim.jobs.embed import EmbedArguments
+from hf_mim.jobs.export import ExportArguments
 from hf_mim.jobs.finetuning import FineTuningArguments
 from hf_mim.jobs.linear_probe import PRESETS as PROBE_PRESETS
 from hf_mim.jobs.linear_probe import ProbeArguments
 from hf_mim.jobs.representation_report import ReportArguments
 from hf_mim.training.arguments import MIMTrainingArguments
-from hf_mim.training.command import ClassifierArguments, ModelArguments, _Parser, parse_arguments
+from hf_mim.training.command import ClassifierArguments, ModelArguments, _Parser, name_words, parse_arguments
 from hf_mim.training.presets import FINE_TUNING_PRESETS
 from tiny_training import REPOSITORY
 
@@ -24,7 +26,6 @@ SCRIPTS = {
     "run_representation_report": ((ReportArguments, DataArguments), {}),
 }
 SUBCOMMANDS = dict(zip(("pretrain", "finetune", "probe", "report"), SCRIPTS.values(), strict=True))
-SUBCOMMANDS["check"] = ((DataArguments, CheckArguments), {})
 # Flags without which nothing is read, for those that are printed alone.
 NEEDED = {
     "run_mim": [],
@@ -32,8 +33,20 @@ NEEDED = {
     "run_linear_probe": ["--model_name_or_path=x"],
     "run_representation_report": ["--model_names_or_paths=x"],
 }
-NEEDED = {name: ["--output_dir=x", *words] for name, words in NEEDED.items()}
-NEEDED |= dict(zip(SUBCOMMANDS, NEEDED.values(), strict=False)) | {"check": []}
+NEEDED |= dict(zip(SUBCOMMANDS, NEEDED.values(), strict=True))
+NEEDED = {name: ["--output_dir=x", *needed] for name, needed in NEEDED.items()}
+# Sub-commands without a script, and the flags that their words stand for.
+WITHOUT_SCRIPT = {
+    "convert": ((ConvertArguments,), {}),
+    "embed": ((EmbedArguments, DataArguments), {}),
+    "export": ((ExportArguments,), {}),
+}
+NEEDED |= {
+    "convert": ["--checkpoint=x", "--output=x", "--model_type=x"],
+    "embed": ["--model_name_or_path=x", "--images=x", "--output=x.parquet"],
+    "export": ["--model_name_or_path=x", "--output=x"],
+}
+SUBCOMMANDS |= WITHOUT_SCRIPT
 PRINTED = [
     *REPOSITORY.glob("*.md"),
     *REPOSITORY.glob("docs/**/*.md"),
@@ -53,7 +66,7 @@ def commands(text: str) -> list[tuple[str, list[str]]]:
     for span in re.findall(r"`([^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)):
         text = text.replace(f"`{span}`", f"\n{span.replace(chr(10), ' ')}\n")
     for line in text.splitlines():
-        match = re.search(r"(?:examples/(run_\w+)\.py|\bhf_mim (pretrain|finetune|probe|report|check))\b(.*)", line)
+        match = re.search(rf"(?:examples/(run_\w+)\.py|\bhf_mim ({'|'.join(SUBCOMMANDS)}))\b(.*)", line)
         if match and (match[1] or re.match(r"\s*(\S+ )*(python -m |-m )?hf_mim ", line)):
             found.append((match[1] or match[2], shlex.split(match[3], comments=True)))
     return found
@@ -67,8 +80,6 @@ def test_there_are_some():
     assert commands("x\n    python examples/run_mim.py --a b \\\n  --c\n") == [("run_mim", ["--a", "b", "--c"])]
     assert commands("see `accelerate launch examples/run_mim.py --a\nb` there") == [("run_mim", ["--a", "b"])]
     assert commands("accelerate launch -m hf_mim pretrain --a  # says why") == [("pretrain", ["--a"])]
-    assert commands("so `hf_mim check mine` reads") == [("check", ["mine"])]
-    assert {script for _, script, _ in COMMANDS} == {*SCRIPTS, *SUBCOMMANDS}
 
 
 @pytest.mark.parametrize(
@@ -77,11 +88,11 @@ def test_there_are_some():
 def test_commands(monkeypatch, path, script, words):
     monkeypatch.chdir(REPOSITORY)
     classes, presets = (SCRIPTS | SUBCOMMANDS)[script]
+    if script in WITHOUT_SCRIPT:
+        words = name_words(words, *(word.partition("=")[0][2:] for word in NEEDED[script] if "type" not in word))
     # Commands that are only named, in a list of them, lack these.
     given = {word.partition("=")[0] for word in words}
     words = [*words, *(word for word in NEEDED[script] if word.partition("=")[0] not in given)]
-    if script == "check":
-        words = name_data(words)
     parse_arguments(classes, words, presets)
 
 
@@ -102,7 +113,7 @@ def test_flags(words):
     names = [word.partition("=")[0] for word in words if word.startswith("--")]
     known = {
         script: {option for action in _Parser(classes)._actions for option in action.option_strings}
-        for script, (classes, _) in (SCRIPTS | {"check": SUBCOMMANDS["check"]}).items()
+        for script, (classes, _) in (SCRIPTS | WITHOUT_SCRIPT).items()
     }
     owners = [script for script, options in known.items() if set(names) <= options]
     if not owners:
@@ -112,7 +123,7 @@ def test_flags(words):
         return  # named, not given
     errors = []
     for script in owners:
-        classes, presets = (SCRIPTS | SUBCOMMANDS)[script]
+        classes, presets = (SCRIPTS | WITHOUT_SCRIPT)[script]
         try:
             parse_arguments(classes, [*words, *NEEDED[script]], presets)
             return

@@ -12,6 +12,7 @@ from .registry import _AUTO_CLASSES, BASELINES, ENCODER, METHODS, method_class, 
 __version__ = "0.1.0.dev0"
 
 _IN_MODULES = {
+    "export": ".hub.export",
     "from_original": ".hub.original",
     "encoder_from": ".models.vit.encoders",
     "to_dinov2": ".hub.vit",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from .evaluation.metrics import MeanAveragePrecision as MeanAveragePrecision
     from .evaluation.metrics import MultiLabelF1 as MultiLabelF1
     from .evaluation.metrics import RankMe as RankMe
+    from .hub.export import export as export
     from .hub.original import from_original as from_original
     from .hub.vit import to_dinov2 as to_dinov2
     from .hub.vit import to_dinov3 as to_dinov3

@@ -3,7 +3,6 @@
 import importlib
 import sys
 
-from . import __version__
 from .missing import say_missing
 
 # Sub-command: the module whose `main` it is, and what it does. The modules are imported when they are asked for.
@@ -12,6 +11,9 @@ COMMANDS = {
     "probe": ("hf_mim.jobs.linear_probe", "linear probe of frozen features, by the papers' protocol"),
     "finetune": ("hf_mim.jobs.finetuning", "fine-tune a classifier"),
     "report": ("hf_mim.jobs.representation_report", "k-NN, probes, RankMe and pictures of one or several models"),
+    "embed": ("hf_mim.jobs.embed", "features of images as a table, and pages of nearest neighbours"),
+    "export": ("hf_mim.jobs.export", "write an encoder or classifier for other software: ViT, timm, ONNX, ..."),
+    "convert": ("hf_mim.jobs.convert", "read a checkpoint that a method's authors released"),
     "check": ("hf_mim.jobs.check", "read a data set once, and say what is wrong with it"),
 }
 
@@ -22,7 +24,6 @@ def usage() -> str:
     return "\n".join(
         [
             "usage: hf_mim COMMAND [RECIPE.yaml] [--FLAG VALUE ...]",
-            "       hf_mim --version",
             "",
             *lines,
             "",
@@ -37,9 +38,6 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
-    if argv[0] == "--version":
-        print(f"hf_mim {__version__}")
-        return 0
     name, *rest = argv
     if name not in COMMANDS:
         print(f"Error: there is no command {name!r}.\n\n{usage()}", file=sys.stderr)

@@ -1,12 +1,17 @@
 """Packages that an embedding server may leave out, and what to say where one is wanted and not there."""
 
-# What is imported: what is installed. All but scikit-learn, PEFT and the readers of TIFF come with hf_mim itself.
+# What is imported: what is installed. What does not come with hf_mim itself is in its extras.
 _INSTALLED_AS = {
     "datasets": "datasets",
     "evaluate": "evaluate",
     "imagecodecs": "imagecodecs",
     "matplotlib": "matplotlib",
+    "onnx": "onnx",
+    "onnxruntime": "onnxruntime",
+    "onnxscript": "onnxscript",
+    "pandas": "pandas",
     "peft": "peft",
+    "pyarrow": "pyarrow",
     "sklearn": "scikit-learn",
     "tifffile": "tifffile",
     "timm": "timm",

@@ -35,22 +35,39 @@ def load_images(args: DataArguments, *, seed: int = 0) -> ImageSplits:
     Raises:
         ValueError: nothing there, or not what it should be; the message says what to do.
     """
-    if args.num_channels is None:
-        args = replace(args, num_channels=3)
-    train, validation = open_splits(args, seed)
+    train, validation = _open_splits(args, seed)
     if isinstance(train, ImageStream):
         return ImageSplits(train, validation)
-    for split in (train, validation):
-        if split is not None:
-            split.max_image_pixels = args.max_image_pixels
-            if args.label_column_names is not None:
-                split.keep_labels(args.label_column_names)
     if len(train) == 0:
         raise ValueError(f"{train.source} is empty: there is nothing to train on.")
     if validation is None:
         train, validation = _hold_out(train, args.validation_fraction)
     train = _subset(train, args.max_train_samples)
     return ImageSplits(train, _subset(validation, args.max_eval_samples))
+
+
+def load_all_images(args: DataArguments) -> ImageDataset:
+    """All pictures of the split that the flags name to train on, in order, with none held out.
+
+    Raises:
+        ValueError: nothing there, or not what it should be; the message says what to do.
+    """
+    pictures, _ = _open_splits(args, seed=0)
+    if len(pictures) == 0:
+        raise ValueError(f"{pictures.source} is empty.")
+    return _subset(pictures, args.max_train_samples)
+
+
+def _open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
+    if args.num_channels is None:
+        args = replace(args, num_channels=3)
+    splits = open_splits(args, seed)
+    for split in splits:
+        if isinstance(split, ImageDataset):
+            split.max_image_pixels = args.max_image_pixels
+            if args.label_column_names is not None:
+                split.keep_labels(args.label_column_names)
+    return splits
 
 
 def _hold_out(pictures: ImageDataset, fraction: float) -> tuple[ImageDataset, ImageDataset]:

@@ -101,7 +101,7 @@ class FeatureEncoder:
             )
         return outputs
 
-    def _num_prefix(self, tokens: torch.Tensor, pixel_values: torch.Tensor) -> int:
+    def num_prefix(self, tokens: torch.Tensor, pixel_values: torch.Tensor) -> int:
         """How many tokens stand before the patches."""
         rows, columns = self.grid(pixel_values)
         return tokens.shape[1] - rows * columns
@@ -151,7 +151,7 @@ class FeatureEncoder:
             pixel_values.to(self.device),
             max(1 if pooling == PATCHES else blocks_read(pooling) for pooling in poolings),
         )
-        num_prefix = self._num_prefix(tokens[-1], pixel_values)
+        num_prefix = self.num_prefix(tokens[-1], pixel_values)
         features = {}
         for pooling in poolings:
             if pooling == PATCHES:
@@ -168,7 +168,7 @@ class FeatureEncoder:
     def patches(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Patch features (batch_size, rows, columns, hidden_size), float32, after the final norm."""
         tokens = self.tokens(pixel_values.to(self.device))[-1]
-        tokens = tokens[:, self._num_prefix(tokens, pixel_values) :]
+        tokens = tokens[:, self.num_prefix(tokens, pixel_values) :]
         return tokens.float().unflatten(1, self.grid(pixel_values))
 
     @torch.no_grad()
@@ -183,7 +183,7 @@ class FeatureEncoder:
             outputs = self._run(pixel_values.to(self.device), output_attentions=True)
         finally:
             self.model.set_attn_implementation(implementation)
-        num_prefix = self._num_prefix(outputs.last_hidden_state, pixel_values)
+        num_prefix = self.num_prefix(outputs.last_hidden_state, pixel_values)
         if num_prefix == 0:
             return None
         attention = outputs.attentions[-1][:, :, 0, num_prefix:]

@@ -104,7 +104,7 @@ def extract_features(
     if cache_dir is not None:
         # What lies there, and what it is: files may be replaced by others of the same names, sizes and times.
         looked_at = [pictures.fingerprint(), pictures.content_fingerprint()]
-        data = {"pictures": looked_at, "processor": _describe(processor), "bf16": bf16}
+        data = {"pictures": looked_at, "processor": describe_processor(processor), "bf16": bf16}
         for name, encoder in encoders.items():
             model = encoder.digest()
             for pooling in set(wanted[name]) - {PATCHES}:
@@ -163,7 +163,7 @@ def _gather(values: torch.Tensor) -> torch.Tensor:
     return gather(values.to(state.device)).cpu() if state.num_processes > 1 else values
 
 
-def _describe(processor) -> dict:
+def describe_processor(processor) -> dict:
     return {"class": type(processor).__name__} | json.loads(json.dumps(processor.to_dict(), default=str))
 
 

@@ -87,7 +87,7 @@ def to_vit(model: MaskedViTModel | MaskedViTForPreTraining | MaskedViTForImageCl
         fields[name] = height if height == width else [height, width]
     vit_config = ViTConfig(**fields, pooler_act="linear")
     weights = encoder.vit_state_dict() if isinstance(encoder, MaskedViTModel) else dict(encoder.state_dict())
-    weights |= _missing_key_biases(weights, config)
+    weights |= missing_key_biases(weights, config)
     if classifier:
         vit_config.update({name: getattr(config, name) for name in ("id2label", "label2id", "problem_type")})
         exported = ViTForImageClassification(vit_config)
@@ -121,7 +121,7 @@ def _refuse(config, kind: str, other: str, *parts: str) -> None:
         raise ValueError(f"The model has {' and '.join(found)}, which {kind} of transformers has not: use {other}.")
 
 
-def _missing_key_biases(weights: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
+def missing_key_biases(weights: dict[str, torch.Tensor], config) -> dict[str, torch.Tensor]:
     """Zeros, where queries have a bias and keys none."""
     if getattr(config, "key_bias", True) or not config.qkv_bias:
         return {}

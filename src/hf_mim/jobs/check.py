@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import numpy as np
 
@@ -11,6 +10,7 @@ from ..data.inspection import Inspection, find_copies, inspect_images
 from ..data.loading import load_images
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
+from .loading import name_data
 
 _TITLES = {
     "missing": "missing (no picture in the row)",
@@ -43,20 +43,14 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         `int`: 0, or 1 where a picture is missing, broken, too large or of other channels.
     """
-    return run_job(lambda: check(*parse_arguments((DataArguments, CheckArguments), name_data(argv), presets={})))
+    return run_job(lambda: check(*parse_arguments((DataArguments, CheckArguments), _name_data(argv), presets={})))
 
 
-def name_data(argv: list[str] | None) -> list[str] | None:
+def _name_data(argv: list[str] | None) -> list[str] | None:
     """The command line, its first word as the flag that it stands for."""
     if not argv or argv[0].startswith("-") or argv[0].endswith((".json", ".yaml", ".yml")):
         return argv
-    path = Path(argv[0]).expanduser()
-    # A folder that `datasets` wrote is one of its data sets.
-    of_datasets = (
-        any(path.glob("*.parquet")) or (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
-    )
-    flag = "--train_dir" if path.is_dir() and not of_datasets else "--dataset_name"
-    return [f"{flag}={argv[0]}", *argv[1:]]
+    return [f"--{name_data(argv[0])}={argv[0]}", *argv[1:]]
 
 
 def check(data_args: DataArguments, args: CheckArguments) -> int:

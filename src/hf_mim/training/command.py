@@ -188,8 +188,7 @@ def parse_arguments(
         typed.get(name, recipe.get(name, parser.get_default(name))) for name in ("preset", "model_type")
     )
     if presets is None:
-        scenes = not any((recipe | typed).get(name) for name in (*_DATA, "model_name_or_path"))
-        presets = {name: preset_training(name, model_type, scenes) for name in PRESETS}
+        presets = {name: preset_training(name, model_type) for name in PRESETS}
     if presets and preset not in presets:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(presets)}.")
     defaults = dict(presets.get(preset, {}))
@@ -211,6 +210,17 @@ def parse_arguments(
     return tuple(arguments)
 
 
+def name_words(argv: list[str] | None, *flags: str) -> list[str]:
+    """The command line, its words before any flag as these: `RUN OUT` as `--model_name_or_path=RUN --output=OUT`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith((".json", ".yaml", ".yml")):
+        return argv
+    named = []
+    while argv and len(named) < len(flags) and not argv[0].startswith("-"):
+        named.append(f"--{flags[len(named)]}={argv.pop(0)}")
+    return named + argv
+
+
 def _chosen(argument_classes: tuple[type, ...], argv: list[str]) -> dict:
     """The flags that are in `argv`, without anything's default."""
     parser = _Parser(argument_classes)
@@ -229,6 +239,9 @@ _TITLES = {
     "ProbeArguments": "The probe",
     "ReportArguments": "The report",
     "CheckArguments": "The check",
+    "ConvertArguments": "The checkpoint",
+    "EmbedArguments": "The table",
+    "ExportArguments": "The export",
 }
 
 

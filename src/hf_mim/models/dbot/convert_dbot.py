@@ -2,7 +2,7 @@
 
 from transformers.utils import logging
 
-from ..vit.convert_vit import State, convert_layers, copy_affine, count_layers
+from ..vit.convert_vit import State, check_fixed_positions, convert_layers, copy_affine, count_layers
 from ..vit.frozen import FrozenViT
 from ..vit.frozen_layouts import frozen_config
 
@@ -47,7 +47,11 @@ def convert_original(state: State, config, teacher: State | None = None) -> Stat
         frozen = FrozenViT(frozen_config(config.teacher_config, config), grid=config.grid_size)
         teacher_weights = {f"teacher.{name}": value for name, value in frozen.state_dict().items()}
     else:
+        teacher_config = frozen_config(config.teacher_config, config)
+        check_fixed_positions(teacher, "pos_embed", teacher_config.grid_size, teacher_config.hidden_size)
         teacher_weights = _encoder(teacher, "teacher.network")
+    check_fixed_positions(state, "pos_embed", config.grid_size, config.hidden_size)
+    check_fixed_positions(state, "decoder_pos_embed", config.grid_size, config.decoder_hidden_size)
     return (
         _encoder(state, "encoder")
         | {"decoder.mask_token": state["mask_token"]}

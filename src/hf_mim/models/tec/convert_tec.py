@@ -3,7 +3,7 @@
 import torch
 
 from ..vit.configuration_vit import MaskedViTConfig
-from ..vit.convert_vit import State, convert_layers, copy_affine, count_layers
+from ..vit.convert_vit import State, check_fixed_positions, convert_layers, copy_affine, count_layers
 from ..vit.frozen_layouts import frozen_config
 from ..vit.position import sincos_position_table
 
@@ -67,7 +67,13 @@ def convert_original(state: State, config, teacher: State | None = None) -> Stat
             f"The release's bases are plain ViTs; base_config has the model_type {base_config.model_type!r}. Leave "
             "model_type out."
         )
+    if config.position_embedding == "learned":
+        positions = {"decoder.position_embeddings": state["decoder_pos_embed"]}
+    else:
+        positions = {}
+        check_fixed_positions(state, "decoder_pos_embed", config.grid_size, config.decoder_hidden_size)
     return {
+        **positions,
         **_encoder(state, "encoder", config),
         **copy_affine(state, "cls_token_mlp.fc1", "encoder.embeddings.cls_adapter.fc1"),
         **copy_affine(state, "cls_token_mlp.fc2", "encoder.embeddings.cls_adapter.fc2"),
@@ -87,6 +93,8 @@ def _encoder(state: State, target: str, config) -> State:
     }
     if config.position_embedding == "learned":
         weights[f"{target}.embeddings.position_embeddings"] = state["pos_embed"]
+    else:
+        check_fixed_positions(state, "pos_embed", config.grid_size, config.hidden_size)
     if "norm.weight" in state:
         weights |= copy_affine(state, "norm", f"{target}.layernorm")
     else:

@@ -9,10 +9,16 @@ import safetensors.torch
 import torch
 
 
-def read_checkpoint(checkpoint) -> dict[str, torch.Tensor]:
-    """The weights of a file or state dict, out of the wrappings that training code puts around them."""
+def read_checkpoint(checkpoint, networks: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """
+    The weights of a file or state dict, out of the wrappings that training code puts around them.
+
+    Args:
+        networks: Of several networks in a checkpoint, which is wanted: the first of these names that is there.
+    """
     state = checkpoint if isinstance(checkpoint, Mapping) else _read_file(Path(checkpoint))
-    for key in ("model", "state_dict", "module"):
+    wanted = next((name for name in networks if isinstance(state.get(name), Mapping)), None)
+    for key in ("model", "state_dict", "module", *([wanted] if wanted else [])):
         if isinstance(state.get(key), Mapping):
             state = state[key]
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}

@@ -3,6 +3,7 @@
 import torch
 
 from .layouts import TAKEN_APART, TIMM_BLOCK
+from .position import sincos_position_table
 
 State = dict[str, torch.Tensor]
 
@@ -48,3 +49,17 @@ def count_layers(state: State, source: str) -> int:
 def copy_affine(state: State, source: str, target: str) -> State:
     """Weight and bias of a linear map or a norm under another name."""
     return {f"{target}.{kind}": state[f"{source}.{kind}"] for kind in ("weight", "bias")}
+
+
+def check_fixed_positions(state: State, name: str, grid: tuple[int, int], dim: int) -> None:
+    """
+    Raises ValueError if a release's table of positions (1, 1 + rows * columns, dim), where it was saved, is not the
+    fixed one, which ours computes.
+    """
+    found = state.get(name)
+    table = sincos_position_table(*grid, dim)
+    if found is not None and (found.shape != table.shape or not torch.allclose(found.float().cpu(), table, atol=1e-4)):
+        raise ValueError(
+            f"{name} of the checkpoint, of shape {tuple(found.shape)}, is not the fixed sin-cos table of the config's "
+            f"grid, {grid[0]} x {grid[1]} (rows x columns), and width, {dim}. Correct image_size and patch_size."
+        )
