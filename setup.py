@@ -1,8 +1,13 @@
 """Packaging of hf_mim."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+# The one place of the version; importing the package would need what is not installed yet.
+PACKAGE = Path(__file__).with_name("src") / "hf_mim" / "__init__.py"
+VERSION = re.search(r'^__version__ = "(.+)"$', PACKAGE.read_text(encoding="utf-8"), re.MULTILINE)[1]
 
 extras = {
     # Tracking runs beyond the files that every run writes.
@@ -28,6 +33,8 @@ extras["dev"] = sorted(
         "nbclient>=0.10",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
+        # The wheel's test, and build-system.requires.
+        "setuptools>=77",
         "ruff==0.17.5",
         *extras["all"],
     }
@@ -35,7 +42,7 @@ extras["dev"] = sorted(
 
 setup(
     name="hf_mim",
-    version="0.1.0.dev0",
+    version=VERSION,
     description="Masked image modelling (PiLaMIM, TEC, OCL, dBOT) native to the Hugging Face stack",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -36,6 +36,7 @@ from hf_mim.evaluation.features import extract_features, labelled_splits, shared
 from hf_mim.evaluation.report import evaluate_features
 from hf_mim.jobs.loading import load_subject
 from hf_mim.training.arguments import supports_bf16
+from hf_mim.training.presets import preset_training
 from results_table import REPOSITORY
 
 MILLION = 1_000_000
@@ -222,6 +223,12 @@ def pretrain(cell: Cell, args) -> list[dict]:
     flags += [flag.format(runs=cell.folder(args).parent) for flag in METHODS[cell.method]]
     batch = BATCH_SIZES.get(cell.method, data.batch)
     flags += [f"--per_device_train_batch_size={batch}", f"--seed={cell.seed}"]
+    if cell.data == "scenes" and cell.method.startswith(("MAE", "PiLaMIM")):
+        # As on the other data: the scenes' own schedule goes with small batches.
+        flags += [
+            f"--base_learning_rate={preset_training('tiny', 'pilamim')['base_learning_rate']}",
+            "--mask_ratio=0.75",
+        ]
     # Stages share the images among them; --max_steps is the length of one.
     stages = 2 if "--num_stages=2" in flags else 1
     steps = max(1, cell.images(args) // batch // stages)

@@ -18,6 +18,7 @@ import fcntl
 import re
 import statistics
 from collections import defaultdict
+from decimal import ROUND_HALF_UP, Decimal
 from pathlib import Path
 
 import claims
@@ -71,10 +72,17 @@ def scores(rows: list[dict]) -> dict:
     return found
 
 
+def rounded(value: Decimal) -> str:
+    """With one digit after the point, halves up: a decimal's, since 28.45 as a binary number is a little less."""
+    return str(value.quantize(Decimal("0.1"), rounding=ROUND_HALF_UP))
+
+
 def mean_and_spread(values: list[float]) -> str:
+    # As they stand in the table: a mean of halves is a half.
+    decimals = [Decimal(repr(value)) for value in values]
     # Raw pixels have no seed.
-    spread = f" ± {statistics.stdev(values):.1f}" if len(set(values)) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
+    spread = f" ± {rounded(statistics.stdev(decimals))}" if len(set(values)) > 1 else ""
+    return f"{rounded(statistics.mean(decimals))}{spread}"
 
 
 def cell(metrics: dict[str, list[float]], metric: str) -> str:

@@ -83,6 +83,19 @@ class TestPrecision:
         assert args.bf16 is supported
         assert args.mixed_precision == ("bf16" if supported else "no")
 
+    @pytest.mark.parametrize("where", ["", "checkpoint-4", "stage-0"])
+    @pytest.mark.parametrize("began", ["bfloat16", "float32"])
+    def test_a_run_goes_on_as_it_began(self, tmp_path, monkeypatch, began, where):
+        monkeypatch.setattr("hf_mim.training.arguments.supports_bf16", lambda use_cpu: began == "float32")
+        monkeypatch.setattr("hf_mim.training.checkpoints.find_damage", lambda folder: None)
+        (tmp_path / where).mkdir(exist_ok=True)
+        (tmp_path / where / "run.json").write_text(json.dumps({"decides": {"precision": began}}))
+        args = {"output_dir": str(tmp_path), "use_cpu": True}
+        assert MIMTrainingArguments(**args).precision == began
+        # Asked for, or begun anew: no longer as it was.
+        assert MIMTrainingArguments(**args, resume_from_checkpoint="false").precision != began
+        assert MIMTrainingArguments(**args, bf16=began == "float32").precision != began
+
     @pytest.mark.parametrize("wanted", [True, False])
     def test_asked_for(self, tmp_path, monkeypatch, wanted):
         monkeypatch.setattr("hf_mim.training.arguments.supports_bf16", lambda use_cpu: not wanted)
@@ -124,7 +137,7 @@ class TestRecipes:
     def test_preset_of_a_flag_beats_the_recipes(self, tmp_path):
         model, _, training = parse(recipe(tmp_path, "preset: small"), "--preset", "tiny", tmp_path=tmp_path)
         assert model.preset == "tiny"
-        assert training.num_train_epochs == preset_training("tiny", "pilamim")["num_train_epochs"]
+        assert training.num_train_epochs == preset_training("tiny", "pilamim", scenes=True)["num_train_epochs"]
 
     def test_values_are_read_as_flags_are(self, tmp_path):
         text = """
@@ -164,6 +177,26 @@ class TestRecipes:
         assert parse(tmp_path=tmp_path)[1].crop_scale_min == 0.8
         assert parse("--train_dir=a", tmp_path=tmp_path)[1].crop_scale_min == 0.2
         assert parse("--dataset_name=a", tmp_path=tmp_path)[1].crop_scale_min == 0.2
+
+    def test_scenes_have_a_schedule_of_their_own(self, tmp_path):
+        scenes, tiny = (preset_training("tiny", "pilamim", scenes) for scenes in (True, False))
+        assert scenes["per_device_train_batch_size"] < tiny["per_device_train_batch_size"]
+        folder = recipe(tmp_path, "train_dir: a")
+        for argv, expected in (
+            ([], scenes),
+            (["--train_dir=a"], tiny),
+            (["--dataset_name=a"], tiny),
+            ([folder], tiny),
+        ):
+            training = parse(*argv, tmp_path=tmp_path)[2]
+            assert training.per_device_train_batch_size == expected["per_device_train_batch_size"]
+            assert training.num_train_epochs == expected["num_train_epochs"]
+            assert parse(*argv, tmp_path=tmp_path)[0].mask_ratio == expected.get("mask_ratio")
+        # What it was tried with; a rate that is typed is the rate of any batch; other sizes are for other machines.
+        assert parse("--model_type=ocl", tmp_path=tmp_path)[2].per_device_train_batch_size == 256
+        typed = parse("--base_learning_rate=4e-3", "--per_device_train_batch_size=64", tmp_path=tmp_path)[2]
+        assert typed.learning_rate == pytest.approx(1e-3)
+        assert parse("--preset=small", tmp_path=tmp_path)[2].per_device_train_batch_size == 64
 
     def test_held_out_pictures_come_in_batches_of_training(self, tmp_path):
         training = parse("--model_type=ocl", "--per_device_train_batch_size=6", tmp_path=tmp_path)[2]
@@ -276,7 +309,7 @@ class TestFlags:
         model, data, training = parse(f"--preset={preset}", f"--model_type={method}")
         config = build_config(model, data.image_height_width, data.num_channels)
         config.check_sizes()
-        for name, value in preset_training(preset, method).items():
+        for name, value in preset_training(preset, method, scenes=True).items():
             (owner,) = [arguments for arguments in (model, data, training) if hasattr(arguments, name)]
             assert getattr(owner, name) == value, name
 

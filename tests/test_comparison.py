@@ -49,6 +49,14 @@ class TestTable:
             "| OCL |  | 0 |"
         ]
 
+    @pytest.mark.parametrize(
+        ("values", "written"),
+        # The binary numbers nearest to 28.45 and 0.25 are below and at the half; that to 39.45 is above.
+        [([28.45], "28.5"), ([39.45], "39.5"), ([0.25], "0.3"), ([28.4, 28.5], "28.5 ± 0.1"), ([28.44], "28.4")],
+    )
+    def test_halves_go_up(self, values, written):
+        assert results_table.mean_and_spread(values) == written
+
     def test_order(self):
         names = ["OCL", "dBOT", "untrained", "dBOT, after stage 0", "MAE", "raw pixels"]
         ordered = results_table.order_of(names, ["MAE", "dBOT", "OCL"])

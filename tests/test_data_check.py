@@ -1,12 +1,12 @@
 """`hf_mim check`: what it finds in a data set, and its exit status."""
 
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hf_mim import __main__ as command
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.inspection import inspect_images
 from hf_mim.jobs.check import main
@@ -117,9 +117,8 @@ def test_a_broken_picture_points_to_the_check():
     assert "`hf_mim check` with the same flags" in plain_message(BrokenImageError("a.png: broken."))
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["hf_mim"])
     folder(tmp_path)
-    run = subprocess.run(
-        [sys.executable, "-m", "hf_mim", "check", str(tmp_path), "--num_workers=2"], capture_output=True, text=True
-    )
-    assert run.returncode == 0 and "All 9 pictures can be read." in run.stdout, run.stderr
+    assert command.main(["check", str(tmp_path), "--num_workers=2"]) == 0
+    assert "All 9 pictures can be read." in capsys.readouterr().out

@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import struct
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import fields
 from pathlib import Path
@@ -38,6 +36,7 @@ from hf_mim.data.pretraining import (
 from hf_mim.data.sources.folder import find_images
 from hf_mim.data.sources.idx import read_idx
 from hf_mim.data.transforms import PretrainingTransform
+from tiny_training import run
 
 SHARED = Path(os.environ.get("HF_MIM_SHARED", Path(__file__).parents[2] / "shared"))
 FASHION_MNIST = SHARED / "data" / "fashion-mnist"
@@ -985,11 +984,10 @@ def test_what_is_not_asked_for_need_not_be_there(tmp_path):
     make_folder(tmp_path / "folder")
     (tmp_path / "idx").mkdir()
     make_idx(tmp_path / "idx")
-    command = [sys.executable, "-c", _WITHOUT, str(tmp_path / "idx"), str(tmp_path / "folder")]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    result = run(["-c", _WITHOUT, str(tmp_path / "idx"), str(tmp_path / "folder")])
+    assert result.returncode == 0, result.stderr
     message = "The package datasets is wanted for this and is not installed: pip install datasets"
-    assert run.stdout.splitlines() == [message] * 2
+    assert result.stdout.splitlines() == [message] * 2
 
 
 # --- other channels among the pictures

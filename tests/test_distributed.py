@@ -1,11 +1,8 @@
 """Two processes on the CPU: the losses and weights of one process with the same effective batch."""
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -15,11 +12,10 @@ from safetensors.torch import load_file
 from hf_mim.training.checkpoints import find_damage
 from tiny_training import (
     FLAGS,
-    REPOSITORY,
     RUN_MIM,
-    environment,
     losses,
     run,
+    started,
     tiny_config,
     tiny_trainer,
     write_pictures,
@@ -156,26 +152,14 @@ def test_terminated_between_two_logs(folder, tmp_path):
         f"--train_dir={folder}",
     ]
     flags += ["--per_device_train_batch_size=2", f"--output_dir={tmp_path / 'out'}"]
-    with subprocess.Popen(
-        [sys.executable, *torchrun(RUN_MIM, *flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-        cwd=REPOSITORY,
-        start_new_session=True,
-    ) as process:
-        try:
-            for line in process.stdout:
-                if "effective batch" in line:
-                    break
-            time.sleep(5)
-            asked = time.monotonic()
-            process.send_signal(signal.SIGTERM)
-            out, err = process.communicate(timeout=60)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+    with started(torchrun(RUN_MIM, *flags)) as process:
+        for line in process.stdout:
+            if "effective batch" in line:
+                break
+        time.sleep(5)
+        asked = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
     assert time.monotonic() - asked < 20
     assert "launcher says" in out and "is harmless" in out
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")

@@ -1,9 +1,6 @@
 """Pushing to the Hub and loading from it, against a server of the Hub's interface on this machine."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,7 +9,7 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from fake_hub import fake_hub
-from tiny_training import FLAGS, REPOSITORY, RUN_MIM, pictures
+from tiny_training import FLAGS, RUN_MIM, pictures, run
 
 _FEATURES = """
 import sys, hf_mim, numpy as np, torch
@@ -40,14 +37,13 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def run(hub, home, *command) -> None:
-    environment = os.environ | hub.environment(home) | {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, *map(str, command)], env=environment, capture_output=True, text=True)
+def run_at(hub, home, *command) -> None:
+    result = run([*map(str, command)], **hub.environment(home))
     assert result.returncode == 0, result.stderr[-4000:]
 
 
 def features(hub, home, name, path) -> torch.Tensor:
-    run(hub, home, "-c", _FEATURES, name, path)
+    run_at(hub, home, "-c", _FEATURES, name, path)
     return torch.load(path)
 
 
@@ -58,7 +54,7 @@ class TestPush:
         # What an earlier run left.
         (tmp_path / "out" / "_old-checkpoint-9").mkdir(parents=True)
         (tmp_path / "out" / "_old-checkpoint-9" / "optimizer.pt").write_bytes(b"0")
-        run(hub, tmp_path / "here", RUN_MIM, *FLAGS, *flags)
+        run_at(hub, tmp_path / "here", RUN_MIM, *FLAGS, *flags)
         there = hub.files["me/mine"]
         assert {"config.json", "model.safetensors", "preprocessor_config.json", "features.json"} <= set(there)
         assert not any("checkpoint-" in name for name in there)
@@ -72,7 +68,7 @@ class TestPush:
     def test_stages_are_left_at_home(self, hub, folder, tmp_path):
         flags = ["--model_type=dbot", "--num_stages=2", f"--train_dir={folder}", f"--output_dir={tmp_path / 'out'}"]
         flags += ["--max_steps=1", "--save_strategy=steps", "--save_steps=1"]
-        run(hub, tmp_path, RUN_MIM, *FLAGS, *flags, "--push_to_hub=true", "--hub_model_id=me/staged")
+        run_at(hub, tmp_path, RUN_MIM, *FLAGS, *flags, "--push_to_hub=true", "--hub_model_id=me/staged")
         there = hub.files["me/staged"]
         assert {"config.json", "model.safetensors", "README.md"} <= set(there)
         assert not any(name.startswith("stage-") for name in there)
@@ -84,7 +80,7 @@ def test_data_set_of_the_hub(hub, tmp_path):
     data.to_parquet(str(tmp_path / "train.parquet"))
     hub.files["datasets/me/pictures"] = {"train.parquet": (tmp_path / "train.parquet").read_bytes()}
     flags = [*FLAGS, "--dataset_name=me/pictures", "--max_steps=2"]
-    run(hub, tmp_path / "home", RUN_MIM, *flags, f"--output_dir={tmp_path / 'whole'}", "--validation_fraction=0.2")
+    run_at(hub, tmp_path / "home", RUN_MIM, *flags, f"--output_dir={tmp_path / 'whole'}", "--validation_fraction=0.2")
     assert json.loads((tmp_path / "whole" / "features.json").read_text())
     run(
         hub,

@@ -4,7 +4,8 @@ import re
 from types import SimpleNamespace
 
 from hf_mim.evaluation.report import describe_results, few_pictures
-from hf_mim.training.log_lines import LogLinesBesideBar, duration, log_line
+from hf_mim.training.log_lines import LogLinesBesideBar, log_line
+from hf_mim.training.speed import duration
 from tiny_training import losses, tiny_data, tiny_trainer
 
 
@@ -17,12 +18,14 @@ def test_lines_of_training(tmp_path, capsys):
     assert not any(line.startswith("{") for line in lines), lines
     number = r"[\d.e+-]+"
     pattern = rf"step 2/4, epoch 0\.40: loss {number}, grad_norm {number}, lr {number}, loss_pixel {number}, "
-    pattern += rf"loss_latent {number}, loss_cls {number}, \d+ images/s, \d+ s left"
+    pattern += rf"loss_latent {number}, loss_cls {number}, \d+ images/s, "
+    pattern += rf"\d+% of the time waiting for data, {number} TFLOP/s, [\d.]+ GiB at most, \d+ s left"
     assert re.fullmatch(pattern, lines[0]), lines[0]
     (held_out,) = [line for line in lines if "held out" in line]
     assert re.match(rf"step 4/4, epoch 0\.80: held out: loss {number}, loss_pixel {number}", held_out)
     assert "runtime" not in held_out
-    assert re.fullmatch(rf"step 4/4, epoch 0\.80: trained in \d+ s, mean loss {number}", lines[-1])
+    assert re.fullmatch(rf"step 4/4, epoch 0\.80: trained in \d+ s, mean loss {number}", lines[-2])
+    assert re.match(r"Speed: \d+ images/s, .*\. What limits it: .*; what helps: .*--", lines[-1]), lines[-1]
     # For programs, all of it is where it was.
     trainer.save_state()
     assert [step for step, _ in losses(tmp_path)] == [2, 4]

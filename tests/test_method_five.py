@@ -2,14 +2,12 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 
 from hf_mim.models.method import Method
 from hf_mim.registry import METHODS, RECORDS, add_method
-from tiny_training import FLAGS, environment, write_pictures
+from tiny_training import FLAGS, run, write_pictures
 
 RECORD = """
 from hf_mim.models.method import Method
@@ -91,12 +89,7 @@ def test_a_toy_method_trains_is_told_and_loads(tmp_path):
     (tmp_path / "run.py").write_text(RUN)
     data = write_pictures(tmp_path / "data", 12)
     flags = [*FLAGS, "--max_steps=2", "--save_strategy=no", "--references=false"]
-    result = subprocess.run(
-        [sys.executable, str(tmp_path / "run.py"), *flags, str(data), str(tmp_path / "out"), str(tmp_path / "c")],
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
+    result = run([str(tmp_path / "run.py"), *flags, str(data), str(tmp_path / "out"), str(tmp_path / "c")])
     assert result.returncode == 0, result.stderr
     assert "TOY: " in result.stdout
     card = (tmp_path / "out" / "README.md").read_text()

@@ -143,14 +143,14 @@ def test_gradient_of_the_comparison(elements, monkeypatch):
     temperature = torch.tensor([0.2], dtype=torch.float64, requires_grad=True)
     logits = modeling_ocl.t_sp_similarity(u @ v.T, 16.0) / temperature
     expected = torch.stack((logits.logsumexp(dim=1), logits.logsumexp(dim=0)))
-    torch.testing.assert_close(modeling_ocl._LogSums.apply(u, v, temperature, 16.0), expected)
-    assert torch.autograd.gradcheck(lambda *inputs: modeling_ocl._LogSums.apply(*inputs, 16.0), (u, v, temperature))
+    torch.testing.assert_close(modeling_ocl.log_sums(u, v, temperature, 16.0)[0], expected)
+    assert torch.autograd.gradcheck(lambda *inputs: modeling_ocl.log_sums(*inputs, 16.0)[0], (u, v, temperature))
 
 
 def test_no_number_is_lost_at_the_smallest_temperature():
     """A row whose every logit is 0, beside one whose every logit is 100."""
     u, v = torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    rows, columns = modeling_ocl._LogSums.apply(u, v, torch.tensor([0.01]), 64.0)
+    rows, columns = modeling_ocl.log_sums(u, v, torch.tensor([0.01]), 64.0)[0]
     torch.testing.assert_close(rows, torch.tensor([0.0, 100.0]) + math.log(2))
     torch.testing.assert_close(columns, torch.full((2,), 100.0))
 
@@ -164,7 +164,44 @@ def test_comparing_in_blocks_changes_nothing(monkeypatch):
         assert_same_step(gradients(model, batch), whole, atol=2e-6)
 
 
+def test_the_compiler_does_not_unroll_the_blocks(monkeypatch):
+    model = pretraining_model(temperature=0.2)
+    batch, sizes = tiny_batch(model.config, batch_size=7), []
+
+    def count(graph, _):
+        sizes.append(len(graph.graph.nodes))
+        return graph
+
+    for elements in (2**20, 1):
+        monkeypatch.setattr(modeling_ocl, "_BLOCK_ELEMENTS", elements)
+        torch._dynamo.reset()
+        loss = torch.compile(model, fullgraph=True, backend=count)(**batch).loss
+        assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-6)
+    assert len(sizes) == 2 and sizes[0] == sizes[1]
+
+
 # ---- The halves
+
+
+@pytest.mark.parametrize("fields", [{}, {"position_embedding": "rotary"}, {"num_register_tokens": 2}])
+def test_the_last_block_computes_cls_alone(fields):
+    model = pretraining_model(**fields)
+    batch = tiny_batch(model.config)
+    shapes = []
+    model.encoder.layers[-1].mlp.register_forward_hook(lambda _, inputs, output: shapes.append(tuple(output.shape)))
+    alone, recorded = model(**batch), model(**batch, output_hidden_states=[0])
+    assert shapes == [(6, 1, 32), (6, recorded.hidden_states[0].shape[1], 32)]
+    torch.testing.assert_close(alone.features, recorded.features, rtol=0, atol=1e-6)
+    (first, second) = (
+        torch.autograd.grad(output.loss, model.encoder.embeddings.cls_token)[0] for output in (alone, recorded)
+    )
+    torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-6)
+
+
+def test_pooling_by_the_mean_is_no_matter():
+    model = pretraining_model(pooling="mean")
+    batch = tiny_batch(model.config)
+    torch.testing.assert_close(model(**batch).loss, pretraining_model()(**batch).loss)
 
 
 def seen_by_the_encoder(model, batch) -> list[list[int]]:
@@ -425,7 +462,8 @@ def test_chunks_are_the_two_passes_by_hand():
 
     def features_of(chunk):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            return model.encoder(pictures[chunk], ids_keep=seen[chunk]).last_hidden_state[:, 0].float()
+            encoded = model.encoder(pictures[chunk], ids_keep=seen[chunk], cls_only=True)
+            return encoded.last_hidden_state[:, 0].float()
 
     with torch.no_grad():
         features = torch.stack([features_of(chunk) for chunk in range(32)])

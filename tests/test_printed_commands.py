@@ -6,6 +6,7 @@ import shlex
 import pytest
 
 from hf_mim.data.arguments import DataArguments
+from hf_mim.jobs.check import CheckArguments, _name_data
 from hf_mim.jobs.convert import ConvertArguments
 from hf_mim.jobs.embed import EmbedArguments
 from hf_mim.jobs.export import ExportArguments
@@ -37,11 +38,13 @@ NEEDED |= dict(zip(SUBCOMMANDS, NEEDED.values(), strict=True))
 NEEDED = {name: ["--output_dir=x", *needed] for name, needed in NEEDED.items()}
 # Sub-commands without a script, and the flags that their words stand for.
 WITHOUT_SCRIPT = {
+    "check": ((DataArguments, CheckArguments), {}),
     "convert": ((ConvertArguments,), {}),
     "embed": ((EmbedArguments, DataArguments), {}),
     "export": ((ExportArguments,), {}),
 }
 NEEDED |= {
+    "check": [],
     "convert": ["--checkpoint=x", "--output=x", "--model_type=x"],
     "embed": ["--model_name_or_path=x", "--images=x", "--output=x.parquet"],
     "export": ["--model_name_or_path=x", "--output=x"],
@@ -80,6 +83,8 @@ def test_there_are_some():
     assert commands("x\n    python examples/run_mim.py --a b \\\n  --c\n") == [("run_mim", ["--a", "b", "--c"])]
     assert commands("see `accelerate launch examples/run_mim.py --a\nb` there") == [("run_mim", ["--a", "b"])]
     assert commands("accelerate launch -m hf_mim pretrain --a  # says why") == [("pretrain", ["--a"])]
+    assert commands("so `hf_mim check mine` reads") == [("check", ["mine"])]
+    assert {script for _, script, _ in COMMANDS} == {*SCRIPTS, *SUBCOMMANDS}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +93,9 @@ def test_there_are_some():
 def test_commands(monkeypatch, path, script, words):
     monkeypatch.chdir(REPOSITORY)
     classes, presets = (SCRIPTS | SUBCOMMANDS)[script]
-    if script in WITHOUT_SCRIPT:
+    if script == "check":
+        words = _name_data(words)
+    elif script in WITHOUT_SCRIPT:
         words = name_words(words, *(word.partition("=")[0][2:] for word in NEEDED[script] if "type" not in word))
     # Commands that are only named, in a list of them, lack these.
     given = {word.partition("=")[0] for word in words}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModel, Trainer, TrainingArguments
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining, Trainer, TrainingArguments
 
 import hf_mim
 from hf_mim.data.plain import open_images
@@ -171,6 +171,47 @@ class TestAnyData:
 
 def _encoder_sizes() -> dict:
     return {name: value for name, value in SIZES.items() if not name.startswith("decoder")}
+
+
+class TestEveryMethod:
+    """What a user of `MIMTrainer` may count on, whatever the method."""
+
+    @pytest.mark.parametrize("method", TINY)
+    def test_trains_logs_saves_and_loads(self, method, tmp_path):
+        model = tiny_model(method, "ForPreTraining", scramble=False)
+        before = {name: weight.clone() for name, weight in model.named_parameters()}
+        data = np.random.default_rng(0).random((10, *model.config.image_size, 5), dtype=np.float32)
+        job = hf_mim.MIMTrainer(
+            model, tiny_arguments(tmp_path, max_steps=3), train_dataset=data[:8], eval_dataset=data[8:]
+        )
+        job.train()
+
+        history = [log for log in job.state.log_history if "loss" in log]
+        assert [log["step"] for log in history] == [1, 2, 3]
+        for log in history:
+            parts = {name: value for name, value in log.items() if name.startswith("loss_")}
+            assert parts and all(map(np.isfinite, parts.values()))
+            assert log["loss"] == pytest.approx(sum(parts.values()), rel=1e-4)
+        moved = {name for name, weight in model.named_parameters() if not torch.equal(weight, before[name])}
+        trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+        averaged = {name for name in before if name.startswith("target_encoder.")}
+        # Softmax cancels a bias of the keys.
+        assert {name for name in trained | averaged if "k_proj.bias" not in name} <= moved <= trained | averaged
+
+        found = job.evaluate()
+        job.save_model()
+        loaded = AutoModelForPreTraining.from_pretrained(tmp_path)
+        assert type(loaded) is type(model)
+        for name, weight in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], weight), name
+        processor, encoder = AutoImageProcessor.from_pretrained(tmp_path), AutoModel.from_pretrained(tmp_path)
+        assert all(torch.equal(encoder.state_dict()[k], weight) for k, weight in model.encoder.state_dict().items())
+        assert encoder(**processor(data[0], return_tensors="pt")).pooler_output.shape == (1, 32)
+        assert processor.image_mean == pytest.approx(data[:8].mean(axis=(0, 1, 2)).tolist(), rel=1e-4)
+        again = hf_mim.MIMTrainer(
+            loaded, tiny_arguments(tmp_path), eval_dataset=data[8:], processing_class=processor
+        ).evaluate()
+        assert np.isfinite(found["eval_loss"]) and again["eval_loss"] == pytest.approx(found["eval_loss"], abs=1e-6)
 
 
 class PixelValues(torch.utils.data.Dataset):

@@ -1,8 +1,5 @@
 """What `import hf_mim` does, in processes of their own, and what it leaves alone."""
 
-import subprocess
-import sys
-
 import pytest
 import transformers
 
@@ -10,39 +7,37 @@ import hf_mim
 from hf_mim.data.image_processing import MIMImageProcessor, build_image_processor
 from hf_mim.registry import METHODS, method_class, method_module
 from tiny import tiny_model
+from tiny_training import run
 
 SUFFIXES = ("Config", "Model", "ForPreTraining", "ForImageClassification", "Backbone")
 
 
-def run_python(code: str) -> str:
-    """What a new interpreter prints."""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
+# What a process has imported after some code.
+MODULES = "\nimport sys\nprint(*sys.modules, sep='\\n')"
 
 
-def run_forked(before: str, codes: list[str]) -> list[str]:
-    """The line that each of `codes` prints in a process that has run `before` and nothing else: forks of one
-    interpreter, so that what `before` imports is paid once."""
-    forks = f"""
-{before}
-import os
-for code in {codes!r}:
-    if (child := os.fork()) == 0:
-        exec(code)
-        raise SystemExit
-    assert os.waitpid(child, 0)[1] == 0, code
-"""
-    return run_python(forks).splitlines()
+def test_importing_costs_nothing():
+    """Transformers' Auto classes learn of ours when they are imported themselves."""
+    names = {name.split(".")[0] for name in run(["-c", f"import hf_mim{MODULES}"]).stdout.split()}
+    assert "hf_mim" in names
+    assert not names & {"torch", "transformers", "numpy", "huggingface_hub"}
 
 
-def modules_after(code: str) -> set[str]:
-    return set(run_python(f"{code}\nimport sys\nprint(*sys.modules, sep='\\n')").split())
+def test_auto_classes_know_ours_in_all_orders(fork, tmp_path):
+    tiny_model("ocl", "Model").save_pretrained(tmp_path)
+    load = f"AutoModel.from_pretrained({str(tmp_path)!r})"
+    codes = [
+        f"import hf_mim\nfrom transformers import AutoModel\nprint(type({load}).__name__)",
+        f"from transformers import AutoModel\nimport hf_mim\nprint(type({load}).__name__)",
+        "import hf_mim\nfrom transformers import AutoConfig\n"
+        f"print(type(AutoConfig.from_pretrained({str(tmp_path)!r})).__name__)",
+    ]
+    assert [fork(code).strip() for code in codes] == ["OCLModel", "OCLModel", "OCLConfig"]
 
 
-def test_importing_costs_no_model_and_no_data_library():
-    plain = modules_after("from transformers import AutoModel, PreTrainedConfig")
-    ours = modules_after("from transformers import AutoModel, PreTrainedConfig\nimport hf_mim")
+def test_importing_costs_no_model_and_no_data_library(fork):
+    stock = "from transformers import AutoModel, PreTrainedConfig"
+    plain, ours = (set(fork(code + MODULES).split()) for code in (stock, f"{stock}\nimport hf_mim"))
     added = ours - plain
     assert not [name for name in added if ".modeling_" in name]
     assert not [name for name in added if name.split(".")[0] in ("datasets", "evaluate", "torchvision", "matplotlib")]
@@ -51,9 +46,9 @@ def test_importing_costs_no_model_and_no_data_library():
         assert f"hf_mim.models.{model_type}.configuration_{model_type}" in added
 
 
-def test_what_is_trained_is_not_made_of_transformers_own_modules():
+def test_what_is_trained_is_not_made_of_transformers_own_modules(fork):
     """These are renamed and merged from one version to the next; what another network is read with needs them."""
-    loaded = modules_after("import hf_mim; hf_mim.PiLaMIMForPreTraining; hf_mim.OCLForPreTraining")
+    loaded = set(fork(f"import hf_mim; hf_mim.PiLaMIMForPreTraining; hf_mim.OCLForPreTraining{MODULES}").split())
     assert "hf_mim.models.vit.modeling_vit" in loaded
     own = [name for name in loaded if name.startswith("transformers.models.") and ".modeling_" in name]
     assert [name for name in own if ".auto." not in name] == []
@@ -87,10 +82,10 @@ def test_mappings_give_the_real_classes(model_type):
         assert dict(mapping._extra_content)[config_class] is found
 
 
-def test_where_a_module_is_may_be_asked_before_it_is_imported(tmp_path):
+def test_where_a_module_is_may_be_asked_before_it_is_imported(fork, tmp_path):
     tiny_model("ocl", "Model", num_channels=5).save_pretrained(tmp_path)
     build_image_processor((32, 48), 5, [0.5] * 5, [0.5] * 5).save_pretrained(tmp_path)
-    printed = run_python(
+    printed = fork(
         "import hf_mim, importlib.util\n"
         "assert importlib.util.find_spec('transformers.models.auto.image_processing_auto')\n"
         "from transformers import AutoImageProcessor\n"
@@ -118,21 +113,21 @@ hf_mim.to_vit(model)
 """
 
 
-def test_embedding_needs_none_of_what_training_needs(tmp_path):
+def test_embedding_needs_none_of_what_training_needs(fork, tmp_path):
     embeddings = []
     for model_type, channels in [*((method, 5) for method in METHODS), ("tec", 3)]:
         folder = str(tmp_path / f"{model_type}-{channels}")
         tiny_model(model_type, "ForPreTraining", num_channels=channels).save_pretrained(folder)
         build_image_processor((32, 48), channels, [0.5] * channels, [0.5] * channels).save_pretrained(folder)
         embeddings.append(EMBEDDING.format(folder=folder, channels=channels))
-    before = WITHOUT.format(missing=["timm", "datasets", "evaluate", "matplotlib", "sklearn", "peft"]) + (
+    code = WITHOUT.format(missing=["timm", "datasets", "evaluate", "matplotlib", "sklearn", "peft"]) + (
         "import numpy as np, torch\nimport hf_mim\nfrom transformers import AutoImageProcessor, AutoModel"
     )
-    assert run_forked(before, embeddings) == ["(1, 32)"] * len(embeddings)
+    assert fork("\n".join([code, *embeddings])).splitlines() == ["(1, 32)"] * len(embeddings)
 
 
 @pytest.mark.parametrize("first", ["hf_mim", "transformers", "our processor"])
-def test_image_processor_in_all_orders(first, tmp_path):
+def test_image_processor_in_all_orders(first, fork, tmp_path):
     for model_type in METHODS:
         tiny_model(model_type, "Model", num_channels=5).save_pretrained(tmp_path / model_type)
         build_image_processor((32, 48), 5, [0.5] * 5, [0.5] * 5).save_pretrained(tmp_path / model_type)
@@ -141,29 +136,29 @@ def test_image_processor_in_all_orders(first, tmp_path):
         imports.reverse()
     elif first == "our processor":  # whose own imports bring transformers' registry in
         imports.insert(0, "import hf_mim.data.image_processing")
-    printed = run_forked(
-        "\n".join(imports),
-        [
-            f"processor = AutoImageProcessor.from_pretrained({str(tmp_path / model_type)!r})\n"
-            "print(type(processor).__module__, type(processor).__name__, processor.num_channels)"
-            for model_type in METHODS
-        ],
-    )
+    loading = [
+        f"processor = AutoImageProcessor.from_pretrained({str(tmp_path / model_type)!r})\n"
+        "print(type(processor).__module__, type(processor).__name__, processor.num_channels)"
+        for model_type in METHODS
+    ]
+    printed = fork("\n".join(imports + loading)).splitlines()
     assert printed == [f"{MIMImageProcessor.__module__} MIMImageProcessor 5"] * len(METHODS)
 
 
-def test_registering_twice_changes_nothing():
-    printed = run_python(
+def test_registering_twice_changes_nothing(fork):
+    printed = fork(
         "import hf_mim, sys\n"
-        "finders = len(sys.meta_path)\n"
+        "from hf_mim.registry import _AfterImport\n"
+        "waiting = lambda: sum(isinstance(finder, _AfterImport) for finder in sys.meta_path)\n"
+        "found = [waiting()]\n"
         "hf_mim.register_auto_classes()\n"
-        "assert len(sys.meta_path) == finders\n"
-        "from transformers import AutoImageProcessor\n"
-        "assert len(sys.meta_path) == finders - 1\n"
+        "found.append(waiting())\n"
+        "from transformers import AutoImageProcessor, AutoModel\n"
+        "found.append(waiting())\n"
         "hf_mim.register_auto_classes()\n"
-        "print(len(sys.meta_path) - finders)"
+        "print(found, waiting())"
     )
-    assert printed.strip() == "-1"
+    assert printed.strip() == "[1, 1, 0] 0"
 
 
 WANTED = """
@@ -180,9 +175,9 @@ print(main(["finetune", "--output_dir=x"]))
 """
 
 
-def test_what_is_missing_and_wanted_is_said_in_a_line():
+def test_what_is_missing_and_wanted_is_said_in_a_line(fork):
     without = WITHOUT.format(missing=["timm", "evaluate"])
-    assert run_python(without + WANTED).splitlines() == [
+    assert fork(without + WANTED).splitlines() == [
         "hf_mim.KNNAccuracy: The package evaluate is wanted for this and is not installed: pip install evaluate",
         "hf_mim.FineTuningArguments: The package timm is wanted for this and is not installed: pip install timm",
         "Error: The package timm is wanted for this and is not installed: pip install timm",

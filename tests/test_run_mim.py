@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,11 +22,10 @@ from hf_mim.training.trainer import MIMTrainer
 from tiny_training import (
     FLAGS,
     FORCED_BF16,
-    REPOSITORY,
     RUN_MIM,
-    environment,
     losses,
     run,
+    started,
     tiny_config,
     write_pictures,
 )
@@ -47,10 +44,6 @@ def pretrain(folder, out, *flags: str) -> int:
 
 
 class TestProcess:
-    def test_help(self):
-        result = run([RUN_MIM, "--help"])
-        assert result.returncode == 0 and "--base_learning_rate" in result.stdout and "--train_dir" in result.stdout
-
     def test_mistake_is_one_line_and_status_1(self):
         result = run([RUN_MIM, "--learning_rat=1"])
         assert result.returncode == 1 and result.stdout == ""
@@ -79,30 +72,20 @@ class TestProcess:
             *FLAGS,
             "--num_train_epochs=20",
             "--save_strategy=no",
+            "--eval_strategy=no",
+            "--references=false",
             f"--train_dir={folder}",
         ]
         first = [*flags, "--dataloader_num_workers=2", f"--output_dir={tmp_path / 'broken'}"]
-        with subprocess.Popen(
-            [sys.executable, RUN_MIM, *first],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            cwd=REPOSITORY,
-            start_new_session=True,
-        ) as process:
-            try:
-                for line in process.stdout:
-                    if ", epoch 1.60: " in line:
-                        break
-                if number == signal.SIGINT:  # as a terminal does, to all processes of the group, loading ones too
-                    os.killpg(process.pid, number)
-                else:
-                    process.send_signal(number)
-                out, err = process.communicate(timeout=120)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
+        with started([RUN_MIM, *first]) as process:
+            for line in process.stdout:
+                if ", epoch 1.60: " in line:
+                    break
+            if number == signal.SIGINT:  # as a terminal does, to all processes of the group, loading ones too
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            out, err = process.communicate(timeout=120)
         assert process.returncode == 130, err
         assert out.count("Interrupted: finishing the step and saving") == 1
         assert "the same command goes on from there" in out and "Traceback" not in err

@@ -4,20 +4,19 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.sources.folder import from_folder
-from hf_mim.jobs import finetuning, pretraining
+from hf_mim.jobs import finetuning, linear_probe, pretraining, representation_report
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.callbacks import SaveOnInterrupt
 from hf_mim.training.errors import plain_message
 from hf_mim.training.run_lock import only_run_in
-from tiny_training import FLAGS, REPOSITORY, environment, pictures, write_pictures
+from tiny_training import FLAGS, pictures, started, tiny_trainer, write_pictures
+from tiny_training import run as run_process
 
 RUN = ["--num_train_epochs=2", "--save_strategy=steps", "--save_steps=5", "--references=false", "--bf16=false"]
 
@@ -169,21 +168,19 @@ class TestOneRunAFolder:
     HOLD = "import sys, time; from hf_mim.training.run_lock import only_run_in\n"
     HOLD += "with only_run_in(sys.argv[1]): print('in', flush=True); time.sleep(60)"
 
-    def test_the_second_is_refused_until_the_first_is_killed(self, tmp_path):
-        with subprocess.Popen(
-            [sys.executable, "-c", self.HOLD, str(tmp_path / "out")],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment(),
-            cwd=REPOSITORY,
-        ) as process:
-            try:
-                assert process.stdout.readline() == "in\n"
-                said = f"Another run is writing into .*process {process.pid} on"
-                with pytest.raises(ValueError, match=said), only_run_in(tmp_path / "out"):
-                    pass
-            finally:
-                process.send_signal(signal.SIGKILL)
+    def test_the_second_is_refused_until_the_first_is_killed(self, tmp_path, capsys):
+        with started(["-c", self.HOLD, str(tmp_path / "out")]) as process:
+            assert process.stdout.readline() == "in\n"
+            said = f"Another run is writing into .*process {process.pid} on"
+            with pytest.raises(ValueError, match=said), only_run_in(tmp_path / "out"):
+                pass
+            # A trainer without a job, and jobs that read weights: before they read any.
+            with pytest.raises(ValueError, match=said):
+                tiny_trainer(tmp_path / "out", max_steps=1).train()
+            for job, flag in ((linear_probe, "model_name_or_path"), (representation_report, "model_names_or_paths")):
+                assert job.main([f"--{flag}=x", f"--output_dir={tmp_path / 'out'}"]) == 1
+                assert "Another run is writing into" in error_of(capsys)
+            process.send_signal(signal.SIGKILL)
         with only_run_in(tmp_path / "out"):
             assert (tmp_path / "out").is_dir()
 
@@ -195,6 +192,17 @@ class TestOneRunAFolder:
             assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {
                 *(".lock", ".hidden.json", "mine.1.tmp.json")
             }
+
+    def test_a_trainer_within_a_job_is_the_same_run(self, tmp_path):
+        out = tmp_path / "out"
+        with only_run_in(out):
+            tiny_trainer(out, max_steps=1).train()
+            with only_run_in(tmp_path / "out" / ".." / "out"):
+                pass
+            assert (out / ".lock").is_file()
+            code = f"from hf_mim.training.run_lock import only_run_in\nwith only_run_in({str(out)!r}): pass"
+            assert "Another run is writing into" in run_process(["-c", code]).stderr
+        assert not out.exists()
 
     def test_leaves_nothing(self, tmp_path):
         with only_run_in(tmp_path / "out"):

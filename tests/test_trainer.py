@@ -3,6 +3,7 @@
 import itertools
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -10,11 +11,12 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from hf_mim import PiLaMIMForPreTraining
+from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from hf_mim.data.transforms import PretrainingTransform
 from hf_mim.training.callbacks import SaveOnInterrupt
 from hf_mim.training.losses import LossMeter, NonFiniteLossError
-from tiny_training import pictures, tiny_config, tiny_data, tiny_trainer
+from tiny_training import losses, pictures, tiny_config, tiny_data, tiny_trainer
 
 
 class StopAt(TrainerCallback):
@@ -616,3 +618,27 @@ class TestWhatOnlyTheJobDoes:
         trainer.feature_evaluation = lambda encoder: {}
         trainer.train()
         assert trainer.state.global_step == 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pixels_that_travel_as_bytes_change_nothing(workers, tmp_path):
+    """As on a GPU, which normalises them. One picture of the data is of floats."""
+    values = [*pictures(19), pictures(1, seed=1)[0].astype(np.float32) / 255]
+    data = PretrainingDataset(
+        ImageDataset(values, 3, source="noise"),
+        PretrainingTransform((16, 16), 16, [0.4, 0.5, 0.6], [0.25] * 3, seed=0),
+    )
+    seen, steps = [], []
+    for on_device in (False, True):
+        trainer = tiny_trainer(tmp_path / str(on_device), data=data, max_steps=6, dataloader_num_workers=workers)
+        trainer.normalises_on_device = on_device
+        loader = trainer.get_train_dataloader()
+        seen.append([batch["pixel_values"].dtype for batch in loader])
+        trainer.train()
+        trainer.save_state()
+        steps.append(losses(tmp_path / str(on_device)))
+    assert seen[0] == [torch.float32] * 5
+    assert sorted(map(str, seen[1])) == ["torch.float32"] + ["torch.uint8"] * 4
+    assert steps[0] == steps[1] and len(steps[0]) == 6
+    # The user's own data set still gives what it did.
+    assert data[0, 0]["pixel_values"].dtype == torch.float32

@@ -1,8 +1,6 @@
 """The baseline: transformers' ViTMAE under our trainer, and stock again on disk."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -141,7 +139,7 @@ class TestModel:
         assert loaded(**batch()).loss.item() == stock(**batch()).loss.item()
         assert_tables(loaded)
 
-    def test_plain_transformers_reads_what_is_saved(self, tmp_path):
+    def test_plain_transformers_reads_what_is_saved(self, fork, tmp_path):
         build().save_pretrained(tmp_path)
         code = (
             "import sys; from transformers import AutoModel, AutoModelForPreTraining\n"
@@ -149,8 +147,7 @@ class TestModel:
             f"model = AutoModelForPreTraining.from_pretrained({str(tmp_path)!r})\n"
             "print(type(model).__name__, type(model).__module__.split('.')[0], 'hf_mim' in sys.modules)"
         )
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert result.stdout.split() == ["ViTMAEModel", "ViTMAEForPreTraining", "transformers", "False"]
+        assert fork(code).split() == ["ViTMAEModel", "ViTMAEForPreTraining", "transformers", "False"]
 
     def test_auto_classes_stay_stock(self, tmp_path):
         build().save_pretrained(tmp_path)

@@ -302,3 +302,18 @@ def test_what_needs_cls_is_refused_without_it():
         to_vit(encoder)
     with pytest.raises(ValueError, match="use_cls_token=False cannot give targets: it has no .CLS. token"):
         read_source(encoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_errs_no_more_than_the_stock_vit(dtype):
+    """Of the same weights, by their outputs' distance from float32's."""
+    model = tiny_model("pilamim", "Model", hidden_size=64, num_hidden_layers=6)
+    pixel_values = tiny_batch(model.config, 8)["pixel_values"]
+    errors = []
+    for network in (model, to_vit(model).eval()):
+        with torch.no_grad():
+            exact = network(pixel_values).last_hidden_state
+            with torch.autocast("cpu", dtype=dtype):
+                half = network(pixel_values).last_hidden_state
+        errors.append(((half.float() - exact).norm() / exact.norm()).item())
+    assert 0 < errors[0] <= 1.05 * errors[1], errors

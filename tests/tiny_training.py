@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -106,27 +109,39 @@ def losses(output_dir, *names: str) -> list[tuple]:
     return [(log["step"], *(log[name] for name in names or ("loss",))) for log in history if "loss" in log]
 
 
-def environment() -> dict[str, str]:
+def environment(**changes: str) -> dict[str, str]:
     # One thread each, so that sums have one order; the tests' own launchers must not pass settings on.
     dropped = ("ACCELERATE_", "TORCHELASTIC_", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
-    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
+    return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"} | changes
 
 
-def run(command: list[str], timeout: float = 240) -> subprocess.CompletedProcess:
-    """Runs `python ...command` in a process group of its own; nothing of it outlives the call."""
-    with subprocess.Popen(
+@contextmanager
+def started(command: list[str], **changes: str) -> Iterator[subprocess.Popen]:
+    """
+    `python ...command` while it runs, in a process group of its own, of which nothing outlives the block. `changes`
+    are of its environment.
+    """
+    process = subprocess.Popen(
         [sys.executable, *command],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(),
+        env=environment(**changes),
         cwd=REPOSITORY,
         start_new_session=True,
-    ) as process:
+    )
+    with process:
         try:
-            out, err = process.communicate(timeout=timeout)
-        except BaseException:
-            os.killpg(process.pid, 9)
-            raise
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def run(command: list[str], timeout: float = 240, **changes: str) -> subprocess.CompletedProcess:
+    """What `python ...command` says and ends with. `changes` are of its environment."""
+    with started(command, **changes) as process:
+        out, err = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)

@@ -3,6 +3,7 @@
 import importlib
 import sys
 
+from . import __version__
 from .missing import say_missing
 
 # Sub-command: the module whose `main` it is, and what it does. The modules are imported when they are asked for.
@@ -24,6 +25,7 @@ def usage() -> str:
     return "\n".join(
         [
             "usage: hf_mim COMMAND [RECIPE.yaml] [--FLAG VALUE ...]",
+            "       hf_mim --version",
             "",
             *lines,
             "",
@@ -38,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
+    if argv[0] == "--version":
+        print(f"hf_mim {__version__}")
+        return 0
     name, *rest = argv
     if name not in COMMANDS:
         print(f"Error: there is no command {name!r}.\n\n{usage()}", file=sys.stderr)

@@ -3,7 +3,6 @@
 import functools
 import importlib
 import importlib.abc
-import importlib.util
 import sys
 
 from .models.method import Method
@@ -51,7 +50,6 @@ _AUTO_CLASSES = {
     "AutoBackbone": "Backbone",
 }
 _OF_BASELINES = ("Config", "Model", "ForPreTraining")
-_IMAGE_PROCESSING_AUTO = "transformers.models.auto.image_processing_auto"
 
 
 def method_name(model_type: str) -> str:
@@ -138,30 +136,47 @@ def _register_later(mapping, config_class: type, make) -> None:
 
 
 def register_auto_classes() -> None:
-    """Makes AutoConfig, AutoModel and the others know our methods. Imports their configurations, no model."""
-    import transformers
-
-    for model_type in METHODS | ENCODER:
-        config_class = method_class(model_type, "Config")
-        transformers.AutoConfig.register(model_type, config_class, exist_ok=True)
-        for auto_class, suffix in _AUTO_CLASSES.items():
-            if model_type in ENCODER and suffix == "ForPreTraining":
-                continue
-            mapping = getattr(transformers, auto_class)._model_mapping
-            _register_later(mapping, config_class, functools.partial(method_class, model_type, suffix))
-    # Importing AutoImageProcessor costs more than all the rest.
-    if _IMAGE_PROCESSING_AUTO in sys.modules:
-        _register_image_processor(sys.modules[_IMAGE_PROCESSING_AUTO])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
+    """
+    Makes AutoConfig, AutoModel, AutoImageProcessor and the others know our methods, now or as soon as transformers'
+    modules of them are imported: importing hf_mim imports neither transformers nor torch. No model is imported.
+    """
+    for name, register in _REGISTRATIONS.items():
+        if name in sys.modules:
+            register(sys.modules[name])
+    if not _are_imported(_REGISTRATIONS) and not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())
 
 
+def _register_configs(module) -> None:
+    if hasattr(module, "AutoConfig"):
+        for model_type in METHODS | ENCODER:
+            module.AutoConfig.register(model_type, method_class(model_type, "Config"), exist_ok=True)
+
+
+def _register_models(module) -> None:
+    for auto_class, suffix in _AUTO_CLASSES.items():
+        if hasattr(module, auto_class):
+            for model_type in METHODS if suffix == "ForPreTraining" else METHODS | ENCODER:
+                mapping, config_class = getattr(module, auto_class)._model_mapping, method_class(model_type, "Config")
+                _register_later(mapping, config_class, functools.partial(method_class, model_type, suffix))
+
+
 def _register_image_processor(module) -> None:
-    """Registers ours with transformers' module of them, which may be in the middle of being imported."""
-    if not hasattr(module, "IMAGE_PROCESSOR_MAPPING"):
-        return
-    for model_type in METHODS | ENCODER:
-        _register_later(module.IMAGE_PROCESSOR_MAPPING, method_class(model_type, "Config"), _image_processors)
+    if hasattr(module, "IMAGE_PROCESSOR_MAPPING"):
+        for model_type in METHODS | ENCODER:
+            _register_later(module.IMAGE_PROCESSOR_MAPPING, method_class(model_type, "Config"), _image_processors)
+
+
+# Module of transformers: what tells it of ours. It may be in the middle of being imported, and is told at the end.
+_REGISTRATIONS = {
+    "transformers.models.auto.configuration_auto": _register_configs,
+    "transformers.models.auto.modeling_auto": _register_models,
+    "transformers.models.auto.image_processing_auto": _register_image_processor,
+}
+
+
+def _are_imported(names) -> bool:
+    return all(name in sys.modules for name in names)
 
 
 def _image_processors() -> dict[str, type]:
@@ -169,29 +184,22 @@ def _image_processors() -> dict[str, type]:
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Registers our image processor right after transformers' registry of them is imported."""
-
-    def __init__(self):
-        self.is_asking = False
+    """Registers ours right after transformers' registries are imported."""
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != _IMAGE_PROCESSING_AUTO or self.is_asking:
+        if fullname not in _REGISTRATIONS:
             return None
-        self.is_asking = True
-        try:
-            # Of the other finders.
-            spec = importlib.util.find_spec(fullname)
-        finally:
-            self.is_asking = False
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_and_register(module):
             execute(module)
-            _register_image_processor(module)
-            # Somebody may only have asked where the module is, and imports it later.
-            if self in sys.meta_path:
+            _REGISTRATIONS[fullname](module)
+            # Not before: somebody may only have asked where the module is, and imports it later.
+            if _are_imported(_REGISTRATIONS) and self in sys.meta_path:
                 sys.meta_path.remove(self)
 
         spec.loader.exec_module = execute_and_register

@@ -142,6 +142,24 @@ class StreamingPretrainingDataset(IterableDataset):
             epoch += 1
 
 
+class RawCollator:
+    """
+    Stacks what a `raw` transform gives: uint8 `pixel_values`, a quarter of what float32 would be to hand over, which
+    its `normalise` makes float32. A batch with a picture of floats in it is normalised here.
+
+    Args:
+        transform: As `PretrainingTransform`.
+    """
+
+    def __init__(self, transform):
+        self.transform = transform
+
+    def __call__(self, items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        if any(item["pixel_values"].dtype != torch.uint8 for item in items):
+            items = [item | {"pixel_values": self.transform.normalise(item["pixel_values"])} for item in items]
+        return pretraining_collator(items)
+
+
 def pretraining_collator(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Stacks items into `pixel_values` (batch, channels, height, width) and `noise` (batch, patches)."""
     # torch's own stacks straight into shared memory when it runs in a worker

@@ -6,6 +6,7 @@ generator: (seed, epoch) is its key and the index a part of its counter, so ever
 its own, and none has to be stored.
 """
 
+import copy
 import math
 
 import numpy as np
@@ -101,6 +102,8 @@ class PretrainingTransform:
         self.ratio = tuple(bound * self.image_size[1] / self.image_size[0] for bound in _ASPECT_RATIO)
         self.horizontal_flip = horizontal_flip
         self.seed = seed
+        # Whether `pixel_values` are normalised, float32, or left to `normalise`; see `raw`.
+        self.normalises = True
         self._scale = 1 / torch.tensor(std, dtype=torch.float32).view(-1, 1, 1)
         self._scale_uint8 = self._scale / 255
         self._shift = -torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1) * self._scale
@@ -112,8 +115,8 @@ class PretrainingTransform:
             epoch, index (`int`): which sample of which epoch this is.
 
         Returns:
-            `pixel_values`: float32 of shape `(channels, *image_size)`, normalised; `noise`: float32 of shape
-            `(num_patches,)`, uniform in [0, 1).
+            `pixel_values`: float32 of shape `(channels, *image_size)`, normalised (of a `raw` transform as they are,
+            of the picture's dtype); `noise`: float32 of shape `(num_patches,)`, uniform in [0, 1).
         """
         if picture.shape[0] != self._scale.shape[0]:
             raise ValueError(f"A picture of {picture.shape[0]} channels, but mean and std of {self._scale.shape[0]}.")
@@ -121,7 +124,14 @@ class PretrainingTransform:
         # A fixed number of draws first, so that the crops do not depend on the number of patches.
         draws = generator.random(_NUM_DRAWS)
         noise = torch.from_numpy(generator.random(self.num_patches, dtype=np.float32))
-        return {"pixel_values": self.normalise(self.crop_and_flip(picture, draws)), "noise": noise}
+        pixel_values = self.crop_and_flip(picture, draws)
+        return {"pixel_values": self.normalise(pixel_values) if self.normalises else pixel_values, "noise": noise}
+
+    def raw(self) -> "PretrainingTransform":
+        """The same crops, flips and noise; pixels are left as they are, for `normalise` where they are wanted."""
+        raw = copy.copy(self)
+        raw.normalises = False
+        return raw
 
     def crop_and_flip(self, picture: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """The crop, resized to `image_size`, by `_NUM_DRAWS` uniform draws; of the picture's dtype."""
@@ -134,7 +144,12 @@ class PretrainingTransform:
             picture = F.horizontal_flip(picture)
         return picture
 
-    def normalise(self, picture: torch.Tensor) -> torch.Tensor:
-        """float32, by mean and std."""
-        scale = self._scale_uint8 if picture.dtype == torch.uint8 else self._scale
-        return picture.to(torch.float32).mul(scale).add_(self._shift)
+    def normalise(self, pictures: torch.Tensor) -> torch.Tensor:
+        """float32, by mean and std, of one picture or several `(..., channels, height, width)`, on their device."""
+        if self._scale.device != pictures.device:
+            # Once: a copy at every step would have the host wait for the device.
+            self._scale, self._scale_uint8, self._shift = (
+                numbers.to(pictures.device) for numbers in (self._scale, self._scale_uint8, self._shift)
+            )
+        scale = self._scale_uint8 if pictures.dtype == torch.uint8 else self._scale
+        return pictures.to(torch.float32).mul(scale).add_(self._shift)

@@ -19,6 +19,8 @@ class _Transformed(Dataset):
 
 def transformed_pictures(pictures, transform: Callable, batch_size: int = 64, num_workers: int = 0) -> DataLoader:
     """Batches (batch_size, channels, height, width) of `transform(picture)`, in order, the last one maybe smaller."""
+    # A worker without a batch is started for nothing.
+    num_workers = min(num_workers, max(1, len(pictures) // batch_size))
     # With a generator of its own: drawing the seed of its workers must not move the draws of a training under way.
     return DataLoader(
         _Transformed(pictures, transform), batch_size=batch_size, num_workers=num_workers, generator=torch.Generator()

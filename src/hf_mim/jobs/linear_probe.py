@@ -26,6 +26,7 @@ from ..files import write_json
 from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
+from ..training.run_lock import only_run_in
 from .loading import Subject, load_subject
 
 # The papers' crops are torchvision's own (8% of the area or more), and nothing is mirrored.
@@ -163,6 +164,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def probe(args: ProbeArguments, data_args: DataArguments) -> int:
     """Trains the linear probes, writes `output_dir/linear_probe.json` and prints what is in it."""
+    with only_run_in(args.output_dir):
+        return _probe(args, data_args)
+
+
+def _probe(args: ProbeArguments, data_args: DataArguments) -> int:
     subject = load_subject(args.model_name_or_path, data_args, seed=args.seed, device=args.device)
     train, test = subject.pictures.train, subject.pictures.validation
     train_labels, test_labels = shared_labels(train, test)
@@ -199,9 +205,7 @@ def probe(args: ProbeArguments, data_args: DataArguments) -> int:
         on_epoch=lambda epoch, now: _say_epoch(epoch, now, args.num_train_epochs),
     )
     if PartialState().is_main_process:
-        folder = Path(args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "linear_probe.json"
+        path = Path(args.output_dir) / "linear_probe.json"
         write_json(path, _describe(args, data_args, train, test) | {"results": results})
         few = few_pictures(len(test))
         print(f"\nAccuracy in % on {len(test)} held-out pictures{few}: last epoch / best epoch (which)")

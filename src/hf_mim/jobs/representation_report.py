@@ -43,6 +43,7 @@ from ..registry import method_class
 from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
+from ..training.run_lock import only_run_in
 from .loading import Subject, load_subject
 
 # Principal components are those of more pictures than are shown.
@@ -111,6 +112,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(args: ReportArguments, data_args: DataArguments) -> int:
     """Writes `README.md`, `report.json` and the pictures into `output_dir`."""
+    with only_run_in(args.output_dir):
+        return _report(args, data_args)
+
+
+def _report(args: ReportArguments, data_args: DataArguments) -> int:
     require_sklearn()
     subjects = {
         name: load_subject(path, data_args, seed=args.seed, device=args.device)

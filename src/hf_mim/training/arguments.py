@@ -10,6 +10,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
+from .machine import default_workers, process_cores
+
 logger = logging.get_logger(__name__)
 
 _FROM_ZERO = (lambda value: value >= 0, "at least 0")
@@ -94,7 +96,10 @@ class ViTTrainingArguments(TrainingArguments):
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 for none."})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "Train in bfloat16 autocast. Default: where the hardware multiplies matrices in it."},
+        metadata={
+            "help": "Train in bfloat16 autocast. Default: as the run in output_dir began, else where the hardware "
+            "multiplies matrices in it."
+        },
     )
     cpu_threads: int | None = field(
         default=None,
@@ -109,6 +114,13 @@ class ViTTrainingArguments(TrainingArguments):
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "How many checkpoints are kept."})
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the last, smaller batch."})
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes that load data, beside each that trains. Default: with a GPU the cores less one, at "
+            "most 16; on a CPU one for each four cores, at most 4; for a stream 0, since its order depends on them."
+        },
+    )
     dataloader_persistent_workers: bool = field(
         default=True, metadata={"help": "Keep workers from epoch to epoch: each sample is asked for with its epoch."}
     )
@@ -130,7 +142,12 @@ class ViTTrainingArguments(TrainingArguments):
         if self.bf16 is None:
             # `accelerate launch` always sets the variable, to "no" if it was not asked for anything.
             launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-            self.bf16 = launched == "bf16" or (launched == "no" and not self.fp16 and supports_bf16(self.use_cpu))
+            free = launched == "no" and not self.fp16
+            self.bf16 = launched == "bf16" or (free and self._prefers_bf16())
+        self.workers_by_default = self.dataloader_num_workers is None
+        if self.workers_by_default:
+            self.dataloader_num_workers = default_workers(on_cpu=self.use_cpu)
+        has_own_settings = self.accelerator_config is not None
         # torch refuses to keep workers that there are not.
         self.dataloader_persistent_workers &= self.dataloader_num_workers > 0
         asked_for_float32 = not self.bf16 and not self.fp16
@@ -138,6 +155,10 @@ class ViTTrainingArguments(TrainingArguments):
         if self.device.type == "cpu":
             # With several processes accelerate names it cpu:0, where torch before 2.11 cannot load a checkpoint to.
             self.__dict__["_setup_devices"] = torch.device("cpu")
+        # Memory that a GPU reads from by itself, without the host waiting until it has.
+        self.dataloader_pin_memory &= self.device.type == "cuda"
+        if self.dataloader_pin_memory and not has_own_settings:
+            self.accelerator_config.non_blocking = True
         if self.n_gpu > 1:
             # The Trainer would wrap the network in DataParallel, whose shares of a batch know nothing of each other.
             logger.warning(f"One process uses one of the {self.n_gpu} GPUs: for all, start by `accelerate launch`.")
@@ -154,6 +175,16 @@ class ViTTrainingArguments(TrainingArguments):
                     "or choose per_device_train_batch_size yourself."
                 )
             self.learning_rate = self.base_learning_rate * self.effective_batch_size / 256
+
+    def _prefers_bf16(self) -> bool:
+        # Here, because a record tells of arguments.
+        from .run_record import precision_of_run
+
+        begun = None
+        if str(self.resume_from_checkpoint).lower() != "false" and self.output_dir:
+            # On another machine, with other instructions, a run goes on as it began.
+            begun = precision_of_run(self.output_dir)
+        return begun == "bfloat16" if begun is not None else supports_bf16(self.use_cpu)
 
     def _check_ranges(self) -> None:
         for name, value in vars(self).items():
@@ -307,8 +338,7 @@ def default_cpu_threads() -> int | None:
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
     if not launched or os.environ.get("OMP_NUM_THREADS") != "1":
         return None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return process_cores()
 
 
 def supports_bf16(use_cpu: bool) -> bool:

@@ -9,6 +9,7 @@ from .loading import LoadingMixin
 from .log_lines import LogLines, LogLinesBesideBar
 from .losses import NEVER, LossesMixin, LossMeter, NonFiniteLossError
 from .saving import SavingMixin
+from .speed import SpeedMeter, training_operations
 
 __all__ = ["LossMeter", "NonFiniteLossError", "ViTTrainer"]
 
@@ -54,11 +55,12 @@ class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):
         self._is_saving, self._first_step = False, 0
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(NEVER, device=self.args.device)
+        self.speed = SpeedMeter(self.args.device, training_operations(self.model, self.args.train_batch_size))
         self.add_callback(_Hooks(self))
         # transformers prints logs as dictionaries, without the step.
         for printing, better in ((PrinterCallback, LogLines), (ProgressCallback, LogLinesBesideBar)):
             if self.pop_callback(printing) is not None:
-                self.add_callback(better())
+                self.add_callback(better(self.speed))
         if self.is_fsdp_enabled:
             self._prepare_fsdp(self.accelerator.state.fsdp_plugin)
         elif self.args.fsdp_plugin_args is not None:
@@ -91,6 +93,14 @@ class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def get_batch_samples(self, *args, **kwargs):
+        with self.speed.waiting():
+            return super().get_batch_samples(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.speed.not_training():
+            return super().evaluate(*args, **kwargs)
+
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices: the weights of linear maps and of the patch projection. Not biases, norms, tokens, positions."""
         matrices = (nn.Linear, nn.Conv2d)
@@ -120,6 +130,7 @@ class _Hooks(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.train_losses.reset()
+        self.trainer.speed.begin(state.global_step)
         self.trainer._first_step = state.global_step
         self.trainer.first_bad_step.fill_(NEVER)
 
@@ -128,6 +139,9 @@ class _Hooks(TrainerCallback):
         # skipping of a resumed epoch.
         if hasattr(self.trainer, "train_sampler"):
             self.trainer.train_sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.speed.step_ended(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.accelerator.optimizer_step_was_skipped:

@@ -188,7 +188,8 @@ def parse_arguments(
         typed.get(name, recipe.get(name, parser.get_default(name))) for name in ("preset", "model_type")
     )
     if presets is None:
-        presets = {name: preset_training(name, model_type) for name in PRESETS}
+        scenes = not any((recipe | typed).get(name) for name in (*_DATA, "model_name_or_path"))
+        presets = {name: preset_training(name, model_type, scenes) for name in PRESETS}
     if presets and preset not in presets:
         raise ValueError(f"preset is {preset!r}; expected one of {', '.join(presets)}.")
     defaults = dict(presets.get(preset, {}))

@@ -11,6 +11,26 @@ class LoadingMixin:
     """Of a `Trainer`: samplers that send the epoch along with the index, and streams that each process shares in."""
 
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs) -> DataLoader:
+        asked = self.args.dataloader_num_workers, self.args.dataloader_persistent_workers
+        workers = self._num_workers(dataset, batch_size)
+        self.args.dataloader_num_workers, self.args.dataloader_persistent_workers = workers, asked[1] and workers > 0
+        try:
+            loader = self._build_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        finally:
+            self.args.dataloader_num_workers, self.args.dataloader_persistent_workers = asked
+        # An iterator draws the seed of its workers, which none of them uses. Drawn from the global generator it would
+        # move stochastic depth's, and not in the same way after resuming.
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
+
+    def _num_workers(self, dataset, batch_size: int) -> int:
+        """As many as asked for, and none without a batch; for a stream, whose order depends on them, only if asked."""
+        workers = self.args.dataloader_num_workers
+        if not hasattr(dataset, "__len__"):
+            return 0 if self.args.workers_by_default else workers
+        return min(workers, max(1, len(dataset) // batch_size))
+
+    def _build_dataloader(self, dataset, description, batch_size, *args, is_training, **kwargs) -> DataLoader:
         if is_training and isinstance(dataset, StreamingPretrainingDataset) and self.args.world_size > 1:
             # Each process reads its own share; accelerate would read the first one's alone and deal it out.
             loader = DataLoader(
@@ -39,9 +59,6 @@ class LoadingMixin:
                 )
             finally:
                 self.args.dataloader_drop_last = drop_last
-        # An iterator draws the seed of its workers, which none of them uses. Drawn from the global generator it would
-        # move stochastic depth's, and not in the same way after resuming.
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
         return loader
 
     def _get_train_sampler(self, train_dataset=None) -> EpochSampler:

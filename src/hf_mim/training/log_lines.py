@@ -1,55 +1,47 @@
 """What is printed of training, for people: a line for each log entry."""
 
-import time
-
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from .speed import SpeedMeter, duration
+
 
 class LogLines(TrainerCallback):
-    """Prints what is logged as a line: step, epoch, losses, learning rate, pictures a second, time left."""
+    """
+    Prints what is logged as a line: step, epoch, losses, learning rate, what `speed` reads, time left. At the end a
+    line says what limited the speed.
 
-    def __init__(self):
-        self.pace = Pace()
+    Args:
+        speed ([`SpeedMeter`]): Of the training.
+    """
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.pace.begin(state.global_step)
+    def __init__(self, speed: SpeedMeter):
+        self.speed = speed
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            print(log_line(logs, state, self.pace.read(args, state) if "loss" in logs else {}), flush=True)
+            for line in log_lines(logs, args, state, self.speed):
+                print(line, flush=True)
 
 
 class LogLinesBesideBar(ProgressCallback):
     """transformers' progress bar, with the lines of [`LogLines`] above it."""
 
-    def __init__(self):
+    def __init__(self, speed: SpeedMeter):
         super().__init__()
-        self.pace = Pace()
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.pace.begin(state.global_step)
+        self.speed = speed
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
-            tqdm.write(log_line(logs, state, self.pace.read(args, state) if "loss" in logs else {}))
+            for line in log_lines(logs, args, state, self.speed):
+                tqdm.write(line)
 
 
-class Pace:
-    """How fast training goes, since it was read last: with the evaluations and checkpoints in between."""
-
-    def begin(self, step: int) -> None:
-        self.last_step, self.last_time = step, time.monotonic()
-
-    def read(self, args, state) -> dict[str, str]:
-        """`images/s` and the time `left`."""
-        steps, seconds = state.global_step - self.last_step, time.monotonic() - self.last_time
-        self.begin(state.global_step)
-        if steps <= 0:
-            return {}
-        left = (state.max_steps - state.global_step) * seconds / steps
-        return {"images/s": f"{steps * args.effective_batch_size / seconds:.0f}", "left": duration(left)}
+def log_lines(logs: dict, args, state, speed: SpeedMeter) -> list[str]:
+    """A log entry as a line, and after the last of a training what limited its speed."""
+    lines = [log_line(logs, state, speed.read(args, state) if "loss" in logs else {})]
+    limit = speed.bottleneck(args, state) if "train_loss" in logs else None
+    return lines if limit is None else [*lines, limit]
 
 
 def log_line(logs: dict, state, pace: dict[str, str]) -> str:
@@ -71,10 +63,3 @@ def log_line(logs: dict, state, pace: dict[str, str]) -> str:
 
 # The times of evaluations, and what counts operations.
 _NOT_SAID = ("_runtime", "_per_second", "_preparation_time", "total_flos", "_tokens_seen")
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people: "50 s", "3 min 20 s", "2 h 05 min"."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

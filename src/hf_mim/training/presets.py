@@ -12,6 +12,19 @@ _TINY_TRAINING = {
     "save_strategy": "epoch",
 }
 
+# The embedded scenes in tiny's minutes: many small steps learn more of them than few large ones, of as many pictures
+# (benchmarks/LOG.md). The rate does not grow with the batch: so much would be too high for a larger one.
+_TINY_SCENES = {
+    "num_train_epochs": 6,
+    "per_device_train_batch_size": 16,
+    "learning_rate": 1e-3,
+    # Of small solids a quarter of the patches leaves too little to tell the rest by.
+    "mask_ratio": 0.6,
+    "logging_steps": 250,
+}
+# The methods that this was tried with.
+_SCENES_METHODS = ("pilamim", "vit_mae")
+
 # Fine-tuning as MAE's: ViT-B's numbers, 50 epochs for L and H. The recipes of TEC and OCL have their own.
 _FINE_TUNING = {
     "num_train_epochs": 100,
@@ -52,7 +65,8 @@ FINE_TUNING_PRESETS = {
 }
 
 
-def preset_training(preset: str, model_type: str) -> dict:
-    """The training arguments that a preset sets for a method."""
+def preset_training(preset: str, model_type: str, scenes: bool = False) -> dict:
+    """The flags that a preset sets for a method; `scenes`: for an untrained network on the embedded scenes."""
     of_method = RECORDS[model_type].schedules.get(preset, {}) if model_type in RECORDS else {}
-    return (_TINY_TRAINING if preset == "tiny" else _TRAINING) | of_method
+    of_data = _TINY_SCENES if scenes and preset == "tiny" and model_type in _SCENES_METHODS else {}
+    return (_TINY_TRAINING if preset == "tiny" else _TRAINING) | of_method | of_data

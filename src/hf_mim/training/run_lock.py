@@ -21,6 +21,8 @@ except ImportError:  # Windows
 logger = logging.get_logger(__name__)
 
 _NAME = ".lock"
+# What this process holds: a trainer within a job is no other run.
+_held: set[Path] = set()
 
 
 @contextlib.contextmanager
@@ -28,15 +30,15 @@ def only_run_in(output_dir: str | Path) -> Iterator[None]:
     """
     Within, this run is the only one that writes into `output_dir`, which is made, and rid of what a killed process had
     begun to write. The system takes the lock from a process that has ended, however it did. Of several processes the
-    first holds it.
+    first holds it. Within itself, of one process, it changes nothing.
 
     Raises:
         ValueError: If another run is in the folder, or the folder cannot be made or written to.
     """
-    if not PartialState().is_main_process:
+    folder = Path(output_dir).resolve()
+    if not PartialState().is_main_process or folder in _held:
         yield
         return
-    folder = Path(output_dir)
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,9 +51,11 @@ def only_run_in(output_dir: str | Path) -> Iterator[None]:
         raise ValueError(f"--output_dir {output_dir} cannot be written to ({error.strerror}).") from error
     remove_leftovers(folder)
     remove_leftovers(folder / "reconstructions")
+    _held.add(folder)
     try:
         yield
     finally:
+        _held.remove(folder)
         # The name first: who has opened the file by now finds the name gone, and takes a new one.
         (folder / _NAME).unlink(missing_ok=True)
         lock.close()

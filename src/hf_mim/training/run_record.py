@@ -1,5 +1,6 @@
 """What decided the result of a run: written beside its weights, compared before going on, and told by its card."""
 
+import contextlib
 import hashlib
 import json
 import platform
@@ -13,7 +14,7 @@ import transformers
 from .. import __version__
 from ..files import write_json
 from .arguments import ViTTrainingArguments
-from .checkpoints import unused_path
+from .checkpoints import last_whole_checkpoint, unused_path
 
 # Beside the weights.
 RUN_RECORD = "run.json"
@@ -84,6 +85,17 @@ def set_record_aside(folder: str | Path, record: dict) -> None:
         check_same_run(folder, record)
     except ValueError:
         old.rename(unused_path(old.with_name(f"_old-{RUN_RECORD}")))
+
+
+def precision_of_run(output_dir: str | Path) -> str | None:
+    """As `ViTTrainingArguments.precision`, of the run that `output_dir` holds; None if it holds none that tells."""
+    # Of a run in stages the first is as good as any.
+    for folder in (Path(output_dir), Path(output_dir) / "stage-0"):
+        for recorded in (last_whole_checkpoint(folder), folder):
+            # What else may be wrong with a record is said where it is compared.
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                return json.loads((recorded / RUN_RECORD).read_text())["decides"]["precision"]
+    return None
 
 
 def check_same_run(folder: str | Path, record: dict, what: str = "holds another run") -> None:

@@ -17,6 +17,7 @@ from .checkpoints import (
     unfinished,
 )
 from .losses import NonFiniteLossError
+from .run_lock import only_run_in
 from .run_record import RUN_RECORD, check_same_run, run_record, set_record_aside, write_record
 
 # What transformers calls the state of a training.
@@ -24,15 +25,22 @@ _STATE = "trainer_state.json"
 
 
 class SavingMixin:
-    """Of a `Trainer` with `run_settings`, see [`ViTTrainer`], and `_is_saving`, True within `_save_checkpoint`."""
+    """
+    Of a `Trainer` with `run_settings`, see [`ViTTrainer`], `speed`, and `_is_saving`, True within `_save_checkpoint`.
+    """
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """
         As `Trainer.train`; True goes on from the last whole checkpoint.
 
         Raises:
-            ValueError: If the checkpoint is of a run that was decided otherwise; see [`run_record`].
+            ValueError: If the checkpoint is of a run that was decided otherwise, see [`run_record`]; or if another
+                process is training into `output_dir`.
         """
+        with only_run_in(self.args.output_dir):
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint, *args, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -118,6 +126,10 @@ class SavingMixin:
         return str(unfinished(folder)) if self._is_saving else folder
 
     def _save_checkpoint(self, model, trial):
+        with self.speed.not_training():
+            self._save_whole_checkpoint(model, trial)
+
+    def _save_whole_checkpoint(self, model, trial) -> None:
         folder, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
         push_to_hub, self.args.push_to_hub = self.args.push_to_hub, False
         self._is_saving = True

@@ -1,5 +1,6 @@
 """A Trainer for every ForPreTraining model of hf_mim."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from ..data.pretraining import EpochSampler, pretraining_collator
+from ..data.pretraining import EpochSampler, RawCollator, pretraining_collator
+from ..data.transforms import PretrainingTransform
 from .arguments import MIMTrainingArguments
 from .base_trainer import ViTTrainer
 from .callbacks import MIMCallback
@@ -81,6 +83,9 @@ class MIMTrainer(ViTTrainer):
             **kwargs,
         )
         self.stage, self.optimizer_state = stage, optimizer_state
+        # A GPU normalises while the host has other things to do; on a CPU it is the same work elsewhere.
+        self.normalises_on_device = self.args.device.type != "cpu" and data_collator is None
+        self.device_transform: PretrainingTransform | None = None
         # Called with the encoder at each evaluation; gives metrics by name.
         self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
         self.collapse_watch = CollapseWatch(warns=self.is_world_process_zero())
@@ -100,7 +105,16 @@ class MIMTrainer(ViTTrainer):
     def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
         if not is_training and self.is_pairwise:
             batch_size = self.args.contrastive_eval_batch_size
-        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        transform, collator = getattr(dataset, "transform", None), self.data_collator
+        if is_training and self.normalises_on_device and isinstance(transform, PretrainingTransform):
+            dataset = copy.copy(dataset)
+            dataset.transform, self.data_collator = transform.raw(), RawCollator(transform)
+            # Its numbers will be on the device, and workers want them where they are.
+            self.device_transform = transform.raw()
+        try:
+            return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def _get_eval_sampler(self, eval_dataset) -> EpochSampler:
         return EpochSampler(self._num_compared(eval_dataset), shuffle=False)
@@ -158,6 +172,8 @@ class MIMTrainer(ViTTrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if inputs["pixel_values"].dtype == torch.uint8 and self.device_transform is not None:
+            inputs = inputs | {"pixel_values": self.device_transform.normalise(inputs["pixel_values"])}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             self._watch_features(outputs)

@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
+from ..vit.autocast import without_autocast
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTForImageClassification,
@@ -24,6 +25,8 @@ logger = logging.get_logger(__name__)
 
 # Similarities in memory at a time: 4 MiB in float32. More pictures than the root of it are compared block by block.
 _BLOCK_ELEMENTS = 2**20
+# On a GPU 128 MiB: three blocks for 9,600 pictures.
+_BLOCK_ELEMENTS_OF_DEVICE = 2**25
 
 
 @dataclass
@@ -161,8 +164,10 @@ class OCLForPreTraining(MaskedViTForPreTraining):
         # (2 * batch_size, num_keep / 2): both halves of the first picture, both of the second, ...
         halves = masking.ids_keep.unflatten(1, (2, -1)).flatten(0, 1)
         if self.chunk_size is None or self.chunk_size >= len(pixel_values):
-            encoded = self.encoder(pixel_values, ids_keep=halves, return_dict=True, **kwargs)
-            features, recorded = encoded.last_hidden_state[:, 0], encoded
+            recorded = self.encoder(
+                pixel_values, ids_keep=halves, return_dict=True, cls_only=not self._is_recording(kwargs), **kwargs
+            )
+            features = recorded.last_hidden_state[:, 0]
         else:
             features, recorded = self.encode_chunks(pixel_values, halves), {}
         features = features.float().unflatten(0, (-1, 2))
@@ -175,6 +180,14 @@ class OCLForPreTraining(MaskedViTForPreTraining):
             ids_restore=masking.ids_restore,
             hidden_states=recorded.get("hidden_states"),
             attentions=recorded.get("attentions"),
+        )
+
+    def _is_recording(self, keywords: dict) -> bool:
+        """Whether more than [CLS] is asked for: outputs of blocks, by index too, or attention."""
+        asked = [keywords.get(name) for name in ("output_hidden_states", "output_attentions")]
+        of_config = [self.config.output_hidden_states, self.config.output_attentions]
+        return any(
+            (default if value is None else value) is not False for value, default in zip(asked, of_config, strict=True)
         )
 
     def encode_chunks(self, pixel_values: torch.Tensor, halves: torch.Tensor) -> torch.Tensor:
@@ -195,7 +208,8 @@ class OCLForPreTraining(MaskedViTForPreTraining):
         return torch.cat(features)
 
     def _encode_chunk(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        return self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True).last_hidden_state[:, 0]
+        encoded = self.encoder(pixel_values, ids_keep=ids_keep, return_dict=True, cls_only=True)
+        return encoded.last_hidden_state[:, 0]
 
     def contrastive_loss(self, features: torch.Tensor) -> torch.Tensor:
         """
@@ -218,45 +232,49 @@ class OCLForPreTraining(MaskedViTForPreTraining):
         if self.head is not None:
             # Over the pictures of all chunks and processes, so that BatchNorm's statistics are those of the batch.
             features = self.head(features.flatten(0, 1)).unflatten(0, (-1, 2))
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features):
             u, v = nn.functional.normalize(features.float(), dim=-1).unbind(dim=1)
             temperature = self.temperature()
-            log_sums = _LogSums.apply(u, v, temperature, self.config.kappa)
+            log_sum, _ = log_sums(u, v, temperature, self.config.kappa)
             positives = t_sp_similarity((u * v).sum(dim=-1), self.config.kappa) / temperature
-            return (log_sums.mean(dim=0) - positives).mean()
+            return (log_sum.mean(dim=0) - positives).mean()
 
 
-class _LogSums(torch.autograd.Function):
+# Products and sums of many blocks, which the compiler would unroll: one operation each to it.
+@torch.library.custom_op("hf_mim::log_sums", mutates_args=())
+def log_sums(
+    u: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor, kappa: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Log-sum-exp of the rows and of the columns of the logits of `u` with `v`, (2, num_pictures), a block of rows at a
     time: the matrix of all logits, 369 MB for 9,600 pictures, is never held. The gradient computes the blocks again.
+    The second result, of the same shape, is what the gradient needs.
     """
+    sums = u.new_zeros(2, len(u))
+    shift = 0.5 / temperature
+    for rows in _block_slices(u):
+        exponentials = _shifted_exponentials(t_sp_similarity(u[rows] @ v.T, kappa) / temperature, shift)
+        sums[0, rows] = exponentials.sum(dim=1)
+        sums[1] += exponentials.sum(dim=0)
+    return sums.log() + shift, sums
 
-    @staticmethod
-    def forward(ctx, u: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor, kappa: float) -> torch.Tensor:
-        sums = u.new_zeros(2, len(u))
+
+@log_sums.register_fake
+def _(u, v, temperature, kappa):
+    return u.new_empty(2, len(u)), u.new_empty(2, len(u))
+
+
+@torch.library.custom_op("hf_mim::log_sums_backward", mutates_args=())
+def log_sums_backward(
+    grad: torch.Tensor, sums: torch.Tensor, u: torch.Tensor, v: torch.Tensor, temperature: torch.Tensor, kappa: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients of `u`, `v` and `temperature` by that of `log_sums`, (2, num_pictures), in float32."""
+    # Called inside of autocast or not.
+    with without_autocast(grad):
         shift = 0.5 / temperature
-        for rows in _block_slices(len(u)):
-            exponentials = _shifted_exponentials(t_sp_similarity(u[rows] @ v.T, kappa) / temperature, shift)
-            sums[0, rows] = exponentials.sum(dim=1)
-            sums[1] += exponentials.sum(dim=0)
-        ctx.save_for_backward(u, v, temperature, sums)
-        ctx.kappa = kappa
-        return sums.log() + shift
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        # Called inside of autocast or not: in float32.
-        with torch.autocast(grad.device.type, enabled=False):
-            return _LogSums._backward(ctx, grad)
-
-    @staticmethod
-    def _backward(ctx, grad: torch.Tensor):
-        u, v, temperature, sums = ctx.saved_tensors
-        kappa, shift = ctx.kappa, 0.5 / temperature
         of_rows, of_columns = grad / sums
         grad_u, grad_v, grad_temperature = torch.empty_like(u), torch.zeros_like(v), torch.zeros_like(temperature)
-        for rows in _block_slices(len(u)):
+        for rows in _block_slices(u):
             cosine = u[rows] @ v.T
             logits = t_sp_similarity(cosine, kappa) / temperature
             grad_logits = of_rows[rows].unsqueeze(1) + of_columns
@@ -267,7 +285,24 @@ class _LogSums(torch.autograd.Function):
             grad_cosine /= (1 + (1 - cosine) / kappa).square_()
             grad_u[rows] = grad_cosine @ v
             grad_v += grad_cosine.T @ u[rows]
-        return grad_u, grad_v, grad_temperature, None
+        return grad_u, grad_v, grad_temperature
+
+
+@log_sums_backward.register_fake
+def _(grad, sums, u, v, temperature, kappa):
+    return torch.empty_like(u), torch.empty_like(v), torch.empty_like(temperature)
+
+
+def _keep_for_gradient(ctx, inputs, output) -> None:
+    u, v, temperature, ctx.kappa = inputs
+    ctx.save_for_backward(output[1], u, v, temperature)
+
+
+def _log_sums_gradient(ctx, grad: torch.Tensor, _):
+    return *log_sums_backward(grad, *ctx.saved_tensors, ctx.kappa), None
+
+
+log_sums.register_autograd(_log_sums_gradient, setup_context=_keep_for_gradient)
 
 
 def t_sp_similarity(cosine: torch.Tensor, kappa: float) -> torch.Tensor:
@@ -281,9 +316,11 @@ def _shifted_exponentials(logits: torch.Tensor, shift: torch.Tensor) -> torch.Te
     return (logits - shift).exp_()
 
 
-def _block_slices(num_pictures: int) -> list[slice]:
-    size = max(1, _BLOCK_ELEMENTS // num_pictures)
-    return [slice(start, start + size) for start in range(0, num_pictures, size)]
+def _block_slices(u: torch.Tensor) -> list[slice]:
+    """Of the rows of `u`, so many at a time as the device takes."""
+    elements = _BLOCK_ELEMENTS if u.device.type == "cpu" else _BLOCK_ELEMENTS_OF_DEVICE
+    size = max(1, elements // len(u))
+    return [slice(start, start + size) for start in range(0, len(u), size)]
 
 
 class _Gather(torch.autograd.Function):

@@ -225,6 +225,7 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
         self.encoder = TECModel(config)
         self.encoder_adapter = TECEncoderAdapter(config) if config.has_encoder_adapter else None
         self.base = build_frozen(config, "base")
+        self._has_warned = False
         if config.feature_layers > self.base.num_layers:
             raise ValueError(
                 f"feature_layers is {config.feature_layers}, and the base has {self.base.num_layers} blocks. Choose "
@@ -291,8 +292,9 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
             TypeError: If there is no such argument.
         """
         refuse_unknown(self, kwargs)
-        if self.training and not self.base.is_trained and not torch.compiler.is_compiling():
-            self.base.is_trained = True
+        is_noise = self.training and not (self.base.is_trained or self._has_warned)
+        if is_noise and not torch.compiler.is_compiling():
+            self._has_warned = True
             logger.warning(
                 "The base is as it was initialised: its features and attention are noise, and TEC learns them. Build "
                 "the model by TECForPreTraining.from_base(...), or load a checkpoint that has its base."

@@ -64,23 +64,35 @@ class MaskedViTAttention(nn.Module):
             projection.fused_maps = 3
 
     def forward(
-        self, hidden_states: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor] | None = None, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cls_only: bool = False,
+        **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
         Args:
             hidden_states (`torch.Tensor` of shape `(batch_size, length, hidden_size)`).
             rotary (pair of `torch.Tensor`, *optional*): By which the queries and keys of the last tokens, the patches,
                 are turned; as `rotary_table` gives it.
+            cls_only (`bool`): Whether the first token alone, [CLS], looks at all of them.
 
         Returns:
-            The same shape, and the weights (batch_size, heads, length, length) where the implementation has them.
+            The same shape, or (batch_size, 1, hidden_size), and the weights (batch_size, heads, length or 1, length)
+            where the implementation has them.
         """
         query, key, value = (
-            projection(hidden_states).unflatten(2, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projection(tokens).unflatten(2, (self.num_attention_heads, self.head_dim)).transpose(1, 2)
+            for projection, tokens in (
+                (self.q_proj, hidden_states[:, :1] if cls_only else hidden_states),
+                (self.k_proj, hidden_states),
+                (self.v_proj, hidden_states),
+            )
         )
         if rotary is not None:
-            query, key = rotate_patches(query, *rotary), rotate_patches(key, *rotary)
+            # [CLS] has no place to turn by.
+            query = query if cls_only else rotate_patches(query, *rotary)
+            key = rotate_patches(key, *rotary)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.attention_dropout if self.training else 0.0
         mixed, weights = attend(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)

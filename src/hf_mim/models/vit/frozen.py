@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from .autocast import without_autocast
 from .configuration_vit import MaskedViTConfig
 from .frozen_layouts import frozen_config, layout_of
 from .layouts import Layout
@@ -81,10 +82,7 @@ class LastAttention:
 
 def attention_products(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """`q k^T` of (batch_size, heads, n, head_dim) and (..., L, head_dim); in float32 under autocast too."""
-    if queries.is_meta:
-        # There is no autocast for it.
-        return queries.float() @ keys.float().transpose(2, 3)
-    with torch.autocast(queries.device.type, enabled=False):
+    with without_autocast(queries):
         return queries.float() @ keys.float().transpose(2, 3)
 
 

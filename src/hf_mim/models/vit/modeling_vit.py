@@ -5,10 +5,7 @@ Parameter names are those of transformers' `ViTModel`, so that encoders go to an
 is added: masking before the patch projection, fixed positions, rectangular grids, any number of channels, and
 stochastic depth.
 
-Under autocast, products and attention are of the autocast type. In float32, or the type of the weights, are: the
-residual stream with positions, [CLS] and mask tokens (`MaskedViTEmbeddings`, `restore_order`, `MaskedViTLayer`), every
-LayerNorm, the sum of TEC's adapters, attention logits that are targets (`attention_products`), the normalisation of
-targets, all losses, OCL's temperature and similarities, and averaged targets.
+What stays in float32 under autocast: `autocast.py`.
 """
 
 import inspect
@@ -184,13 +181,16 @@ class MaskedViTLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         weights: list[torch.Tensor] | None = None,
         rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        cls_only: bool = False,
         **kwargs,
     ) -> torch.Tensor:
         """
         `weights`, where it is given, gets the attention weights, if the implementation has them; `rotary` turns the
-        patches' queries and keys.
+        patches' queries and keys; with `cls_only` the output is [CLS] alone, (batch_size, 1, hidden_size).
         """
-        attention, attended = self.attention(self.layernorm_before(hidden_states), rotary, **kwargs)
+        attention, attended = self.attention(self.layernorm_before(hidden_states), rotary, cls_only, **kwargs)
+        if cls_only:
+            hidden_states = hidden_states[:, :1]
         if weights is not None and attended is not None:
             weights.append(attended)
         hidden_states = hidden_states + self.drop_path(attention)
@@ -381,7 +381,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
     @torch.no_grad()
     def load_vit_state_dict(self, weights: dict[str, torch.Tensor]) -> None:
         """
-        Takes the weights of another encoder, as `vit_state_dict` gives them; what a ViT has not stays as it is.
+        Takes the weights of another encoder, as `vit_state_dict` gives them; what a ViT has not stays as it is. Number
+        of heads, activation and epsilon cannot be told from weights: whoever has the other's config asks
+        `refuse_other_network` first, as `load_encoder` of the pretraining models does.
 
         Raises:
             RuntimeError: If names or shapes differ.
@@ -408,6 +410,7 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         ids_keep: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        cls_only: bool = False,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -421,6 +424,8 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*): Whether, or which of the, `1 +
                 num_hidden_layers` inputs and outputs of blocks are wanted; the others are None.
             output_attentions (`bool`, *optional*): Whether the attention weights are wanted.
+            cls_only (`bool`, defaults to False): Whether [CLS] alone is wanted, which the last block then computes
+                alone: `last_hidden_state` is (batch_size, 1, hidden_size), and there is no mean to pool.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, num_prefix + L, hidden_size) after the final
@@ -442,13 +447,14 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         # Collected here and not by transformers' hooks, which are installed at the first call that asks: torch.compile
         # cannot trace that.
         states, weights = [hidden_states], []
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, weights if output_attentions else None, rotary, **kwargs)
+        for i, layer in enumerate(self.layers, start=1):
+            alone = cls_only and i == len(self.layers)
+            hidden_states = layer(hidden_states, weights if output_attentions else None, rotary, alone, **kwargs)
             states.append(hidden_states)
         hidden_states = self.layernorm(hidden_states)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states,
-            pooler_output=pool(hidden_states, self.config),
+            pooler_output=None if cls_only and self.config.pooling == "mean" else pool(hidden_states, self.config),
             hidden_states=_selected(states, output_hidden_states),
             attentions=tuple(weights) or None,
         )
