@@ -1,5 +1,8 @@
 """Going on from trained weights by a part of them: the last blocks, or low-rank updates."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -113,6 +116,20 @@ def test_a_run_by_low_rank_updates(vit, tmp_path):
         torch.testing.assert_close(adapted(pixel_values=pixel_values).last_hidden_state, trained, rtol=0, atol=1e-5)
     assert adapted.peft_config["default"].base_model_name_or_path == str(vit)
     assert isinstance(hf_mim.to_vit(AutoModel.from_pretrained(tmp_path / "a")), ViTModel)
+
+
+def test_the_table_of_the_docs_is_what_was_counted():
+    root = Path(__file__).parents[1]
+    rows = json.loads((root / "benchmarks" / "results" / "adapting_base.json").read_text())["rows"]
+    lines = (root / "docs" / "adapt.md").read_text(encoding="utf-8").splitlines()
+    table = [line for line in lines if line.startswith(("| MAE", "| PiLaMIM", "| OCL", "| TEC"))]
+    assert len(table) == len(rows)
+    for line, row in zip(table, rows, strict=True):
+        cells = [cell.strip(" `") for cell in line.strip("| ").split("|")]
+        assert cells[1].removeprefix("--") == row["way"]
+        assert cells[2] == f"{row['trained_of_encoder'] / 1e6:.1f} / {row['trained'] / 1e6:.1f}"
+        sizes = ("weights_mib", "gradients_and_moments_mib", "kept_mib_an_image")
+        assert cells[3:] == [f"{row[name]:.0f}" for name in sizes]
 
 
 @pytest.mark.parametrize(

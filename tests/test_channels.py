@@ -130,7 +130,9 @@ def test_a_base_sees_the_channels_that_it_knows(vit, method, part, tmp_path):
 
 def test_channels_of_a_base_by_flag(vit):
     def described(*channels, number=4):
-        args = ModelArguments(model_type="tec", base_model_name_or_path=str(vit), base_channels=list(channels) or None)
+        args = ModelArguments(
+            model_type="tec", base_model_name_or_path=str(vit), base_channels=list(channels) or None, patch_size=[4]
+        )
         config = build_config(args, (16, 16), number)
         describe_frozen(args, config, number)
         return config
@@ -145,6 +147,9 @@ def test_channels_of_a_base_by_flag(vit):
     ):
         with pytest.raises(ValueError, match=message):
             described(*channels)
+    args = ModelArguments(model_type="tec", base_model_name_or_path=str(vit), patch_size=[4])
+    with pytest.raises(ValueError, match="base_model_name_or_path.*4 x 4 patches.*the student into 8 x 4"):
+        describe_frozen(args, build_config(args, (32, 16), 3), 3)
     args = ModelArguments(model_type="ocl", base_channels=[0])
     with pytest.raises(ValueError, match="give --base_model_name_or_path"):
         describe_frozen(args, build_config(args, (16, 16), 3), 3)

@@ -130,7 +130,8 @@ def test_timm_state_dicts_and_files(tmp_path, caplog):
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = model.forward_features(pixel_values)
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "vit.safetensors")
+    decoder = {"mask_token": torch.zeros(1, 1, 4), "decoder_embed.weight": torch.zeros(4, 192)}
+    safetensors.torch.save_file(model.state_dict() | decoder, tmp_path / "vit.safetensors")
     wrapped = {"model": {f"module.backbone.{name}": value for name, value in model.state_dict().items()}}
     torch.save(wrapped | {"epoch": 3}, tmp_path / "vit.pth")
     for source in (model.state_dict(), tmp_path / "vit.safetensors", str(tmp_path / "vit.pth")):

@@ -15,7 +15,7 @@ from ..models.presets import preset_config
 from ..models.vit.alignment import align_weights
 from ..models.vit.channels import map_normalization, read_channel_map, with_channels
 from ..models.vit.encoders import encoder_from, read_normalization
-from ..models.vit.frozen import check_frozen_channels
+from ..models.vit.frozen import check_frozen_channels, frozen_grid
 from ..models.vit.frozen_layouts import describe_config
 from ..models.vit.frozen_sources import read_description, read_source
 from ..models.vit.pretraining import MaskedViTForPreTraining
@@ -128,6 +128,10 @@ def describe_frozen(args: ModelArguments, config, num_channels: int | None) -> N
                     f"--base_channels which {frozen.num_channels} of the channels it sees, from 0."
                 )
             check_frozen_channels(args.base_channels, frozen.num_channels, config.num_channels)
+            try:
+                frozen_grid(frozen, config.grid_size)
+            except ValueError as error:
+                raise ValueError(f"--{flag} {path}: {error}") from error
             setattr(config, f"{name}_channels", args.base_channels)
             setattr(config, f"{name}_config", describe_config(frozen))
             setattr(config, f"{name}_image_mean", mean)

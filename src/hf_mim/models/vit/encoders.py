@@ -28,6 +28,7 @@ _LEFT_OUT = (
     "head_dist.",
     "attn_pool.",
     "decoder.",
+    "decoder_",
     "mask_token",
     "embeddings.mask_token",
     "embeddings.position_ids",

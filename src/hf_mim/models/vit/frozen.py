@@ -22,6 +22,7 @@ from .modeling_vit import MaskedViTModel
 from .pixels import PixelRenormalization
 from .position import rotate, sincos_position_table
 from .sizes import as_pair
+from .transfer import grid_of
 
 logger = logging.get_logger(__name__)
 
@@ -131,17 +132,7 @@ class FrozenViT(nn.Module):
         self.name = name
         self.layout = layout_of(config)
         self.patch_size = as_pair(config.patch_size)
-        own_grid = tuple(
-            side // patch for side, patch in zip(as_pair(config.image_size), self.patch_size, strict=True)
-        )
-        self.grid = own_grid if grid is None else tuple(grid)
-        if self.grid != own_grid and not self.layout.any_grid:
-            raise ValueError(
-                f"The frozen network cuts pictures into {own_grid[0]} x {own_grid[1]} patches (rows x columns; "
-                f"image_size {config.image_size}, patch_size {config.patch_size}), the student into {self.grid[0]} x "
-                f"{self.grid[1]}: targets and predictions must be of the same patches. Choose the student's "
-                f"image_size and patch_size so that its grid is {own_grid[0]} x {own_grid[1]}, or another network."
-            )
+        self.grid = frozen_grid(config, grid)
         self.network = _build(config, self.layout, attn_implementation)
         # Not the method's description of it: the attention implementation that is set later is in this one.
         self.config = self.network.config
@@ -283,6 +274,26 @@ def build_frozen(config: MaskedViTConfig, name: str) -> FrozenViT:
     channels = getattr(config, f"{name}_channels")
     check_frozen_channels(channels, described.num_channels, config.num_channels)
     return FrozenViT(described, config.grid_size, pixels, config._attn_implementation, name, channels)
+
+
+def frozen_grid(config: PreTrainedConfig, grid: tuple[int, int] | None = None) -> tuple[int, int]:
+    """
+    The patch grid (rows, columns) that a frozen network of this config gives targets for: `grid`, its own if None.
+
+    Raises:
+        ValueError: If it cannot have that grid.
+    """
+    own_grid = grid_of(config)
+    if grid is None or tuple(grid) == own_grid:
+        return own_grid
+    if not layout_of(config).any_grid:
+        raise ValueError(
+            f"The frozen network cuts pictures into {own_grid[0]} x {own_grid[1]} patches (rows x columns; "
+            f"image_size {config.image_size}, patch_size {config.patch_size}), the student into {grid[0]} x "
+            f"{grid[1]}: targets and predictions must be of the same patches. Choose the student's "
+            f"image_size and patch_size so that its grid is {own_grid[0]} x {own_grid[1]}, or another network."
+        )
+    return tuple(grid)
 
 
 def check_frozen_channels(channels: Sequence[int] | None, wanted: int, given: int | None = None) -> None:
