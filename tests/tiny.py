@@ -31,6 +31,7 @@ TINY = {
     "tec": Tiny(_ENCODER | _DECODER, ("base", "decoder", "encoder_adapter")),
     # Other than by default without stochastic depth, which the tests turn on where they want it.
     "dbot": Tiny(_ENCODER | _DECODER | {"drop_path_rate": 0.0}, ("decoder", "teacher")),
+    "ijepa": Tiny(_ENCODER | {"predictor_hidden_size": 48, "predictor_num_hidden_layers": 2}, ("predictor",)),
 }
 
 

@@ -8,7 +8,7 @@ import sys
 from .models.method import Method
 
 # A method is a folder here, with its record in `method.py`.
-_FOLDERS = ("pilamim", "ocl", "tec", "dbot", "vit_mae")
+_FOLDERS = ("pilamim", "ocl", "tec", "dbot", "vit_mae", "ijepa")
 
 # By model_type, the records of all methods and baselines; and the prefixes of their class names.
 RECORDS: dict[str, Method] = {}
