@@ -52,6 +52,7 @@ METHODS = {
     "TEC (base: MAE)": ["--model_type=tec", "--base_model_name_or_path={runs}/MAE"],
     # What TEC has to beat: the base, trained on for as long.
     "MAE, twice as long": ["--model_type=vit_mae", "--model_name_or_path={runs}/MAE"],
+    "I-JEPA": ["--model_type=ijepa"],
     "dBOT (2 stages, first teacher PiLaMIM)": [
         "--model_type=dbot",
         "--num_stages=2",
@@ -300,7 +301,8 @@ def evaluate_checkpoint(checkpoint: Path, cell: Cell, args) -> dict:
     splits = labelled_splits(subject.pictures)
     labels = shared_labels(*splits)
     encoders, how = {"trained": subject.encoder}, {"bf16": supports_bf16(use_cpu=not torch.cuda.is_available())}
-    features = [extract_features(encoders, split, subject.processor, ("cls", "mean"), **how) for split in splits]
+    poolings = subject.encoder.poolings
+    features = [extract_features(encoders, split, subject.processor, poolings, **how) for split in splits]
     attentive = evaluate_attentively(encoders, *splits, *labels, subject.processor, **how)
     return evaluate_features(*features, *labels) | {"attentive": attentive}
 

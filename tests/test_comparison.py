@@ -125,7 +125,7 @@ class TestCells:
         monkeypatch.setattr(comparison, "pretrain", lambda cell, args: pytest.fail("a cell was run"))
         comparison.main(["--next", "--hours=0", "--data=scenes", f"--runs={tmp_path}", f"--results={tmp_path}/r.csv"])
         out = capsys.readouterr().out
-        assert out.startswith("0 of 24 cells are done") and "the time is over" in out
+        assert out.startswith("0 of 27 cells are done") and "the time is over" in out
 
     def test_what_a_cell_starts_from_comes_before_it(self, tmp_path):
         args = self.arguments(tmp_path, "--finetune")

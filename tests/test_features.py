@@ -176,6 +176,7 @@ class TestEncoders:
         torch.testing.assert_close(encoder.features(pixel_values, ["mean"])["mean"], tokens.mean(dim=1))
         torch.testing.assert_close(encoder.patches(pixel_values), tokens.unflatten(1, (4, 4)))
         assert encoder.cls_attention(pixel_values) is None
+        assert encoder.poolings == ("mean",)
         with pytest.raises(ValueError, match="has no .CLS., which pooling cls reads: use mean"):
             encoder.features(pixel_values, ["cls"])
 
@@ -184,7 +185,8 @@ class TestEncoders:
         encoder = load_encoder(tmp_path)
         pixel_values = torch.randn(2, 3, 16, 16)
         tokens = encoder.model(pixel_values).last_hidden_state.detach()
-        found = encoder.features(pixel_values, ["cls", "mean"])
+        assert encoder.poolings == ("cls", "mean")
+        found = encoder.features(pixel_values, encoder.poolings)
         torch.testing.assert_close(found["cls"], tokens[:, 0])
         torch.testing.assert_close(found["mean"], tokens[:, 2:].mean(dim=1))
 

@@ -67,6 +67,8 @@ if TYPE_CHECKING:
     from .models.dbot.modeling_dbot import DBOTForImageClassification as DBOTForImageClassification
     from .models.dbot.modeling_dbot import DBOTForPreTraining as DBOTForPreTraining
     from .models.dbot.modeling_dbot import DBOTModel as DBOTModel
+    from .models.ijepa.configuration_ijepa import IJepaConfig as IJepaConfig
+    from .models.ijepa.modeling_ijepa import IJepaForPreTraining as IJepaForPreTraining
     from .models.ocl.configuration_ocl import OCLConfig as OCLConfig
     from .models.ocl.modeling_ocl import OCLBackbone as OCLBackbone
     from .models.ocl.modeling_ocl import OCLForImageClassification as OCLForImageClassification

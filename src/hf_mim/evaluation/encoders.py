@@ -77,6 +77,12 @@ class FeatureEncoder:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def poolings(self) -> tuple[str, ...]:
+        """What its features are pooled by where nobody asks: [CLS], where there is one, and the mean of patches."""
+        names = {name.rpartition(".")[2] for name, _ in self.model.named_parameters()}
+        return ("cls", "mean") if names & {"cls_token", "class_embedding"} else ("mean",)
+
     def to(self, device) -> "FeatureEncoder":
         self.model.to(device)
         return self

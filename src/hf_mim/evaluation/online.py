@@ -25,7 +25,7 @@ class OnlineEvaluation:
         pictures (`ImageSplits`): With labels.
         processor: The image processor: features are those of whole pictures, without augmentation.
         knn, linear (`bool`): Which of the two.
-        pooling (`str`, defaults to `"cls"`): See [`blocks_read`].
+        pooling (`str`, *optional*): See [`blocks_read`]; [CLS] if None, the mean of the patches where there is none.
         skip_broken (`bool`): Read all pictures now, and leave out those that cannot be read; else one stops it.
 
     Raises:
@@ -39,7 +39,7 @@ class OnlineEvaluation:
         *,
         knn: bool,
         linear: bool,
-        pooling: str = "cls",
+        pooling: str | None = None,
         num_workers: int = 0,
         bf16: bool = False,
         skip_broken: bool = False,
@@ -70,15 +70,12 @@ class OnlineEvaluation:
 
     def __call__(self, encoder) -> dict[str, float]:
         """Percent by name, of a model in eval mode; on all processes, each of which computes its share of features."""
+        network = FeatureEncoder(encoder)
+        pooling = self.pooling or network.poolings[0]
         train, test = (
             extract_features(
-                {"": FeatureEncoder(encoder)},
-                split,
-                self.processor,
-                [self.pooling],
-                num_workers=self.num_workers,
-                bf16=self.bf16,
-            )[""][self.pooling]
+                {"": network}, split, self.processor, [pooling], num_workers=self.num_workers, bf16=self.bf16
+            )[""][pooling]
             for split in (self.train, self.test)
         )
         metrics = {}

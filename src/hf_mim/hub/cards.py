@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import transformers
+
 from ..evaluation.report import described_tables, markdown_table
 from ..files import write_text
 from ..models.vit.sizes import as_pair
-from ..registry import BASELINES, RECORDS, method_name
+from ..registry import BASELINES, MODEL_TYPES, RECORDS, method_name
 
 _USE = """import hf_mim  # registers the model with the Auto classes
 from transformers import AutoImageProcessor, AutoModel
@@ -16,12 +18,15 @@ from transformers import AutoImageProcessor, AutoModel
 
 # The stock ViTMAEModel hides three quarters of a picture; the same encoder as a ViTModel sees all of it.
 model = hf_mim.to_vit(AutoModel.from_pretrained("{name}"))"""
+_USE_OF_STOCK = """from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("{name}")"""
 _REST = """
 The folder holds the whole pretraining model: `AutoModelForPreTraining` goes on from it, and
 `AutoModelForImageClassification` takes its encoder for fine-tuning. `hf_mim.to_vit(model)` gives a stock `ViTModel`.
 """
 _REST_OF_BASELINE = """
-The folder holds the whole pretraining model, which plain transformers reads as `ViTMAEForPreTraining`.
+The folder holds the whole pretraining model, which plain transformers reads as `{stock}`.
 """
 
 _TEMPLATE = """---
@@ -43,7 +48,7 @@ Paper: {paper}.
 ```python
 {use}
 processor = AutoImageProcessor.from_pretrained("{name}")
-features = model(**processor(image, return_tensors="pt")).pooler_output  # (1, {width})
+features = model(**processor(image, return_tensors="pt")).{pooled}  # (1, {width})
 ```
 {rest}
 ## Training
@@ -76,15 +81,21 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
     Returns:
         `Path`: the card.
     """
-    baseline = config.model_type in BASELINES
     height, width_pixels = as_pair(config.image_size)
+    use, rest = _USE, _REST
+    if config.model_type in BASELINES:
+        prefix = MODEL_TYPES[config.model_type]
+        whole = hasattr(transformers, f"{prefix}ForPreTraining")
+        use = _USE_OF_BASELINE if RECORDS[config.model_type].stock_hides else _USE_OF_STOCK
+        rest = _REST_OF_BASELINE.format(stock=prefix + ("ForPreTraining" if whole else "Model"))
     return write_text(
         Path(folder) / "README.md",
         _TEMPLATE.format(
             model_type=config.model_type,
             method=method_name(config.model_type),
-            use=(_USE_OF_BASELINE if baseline else _USE).format(name=name),
-            rest=_REST_OF_BASELINE if baseline else _REST,
+            use=use.format(name=name),
+            pooled="pooler_output" if getattr(config, "use_cls_token", True) else "last_hidden_state.mean(dim=1)",
+            rest=rest,
             citation=RECORDS[config.model_type].citation,
             paper=RECORDS[config.model_type].paper,
             name=name,

@@ -24,7 +24,7 @@ from ..files import replacing, save_picture, write_json
 from ..hub.cards import write_card
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
-from ..registry import METHODS, method_class, method_name
+from ..registry import RECORDS, method_class, method_name
 from ..training.arguments import MIMTrainingArguments
 from ..training.building import (
     build_config,
@@ -300,8 +300,7 @@ def write_results(
     name = trainer.args.hub_model_id or str(folder)
     write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results)
     load = f"AutoModel.from_pretrained({str(folder)!r})"
-    if config.model_type not in METHODS:
-        # The stock ViTMAE hides three quarters of a picture.
+    if RECORDS[config.model_type].stock_hides:
         load = f"hf_mim.to_vit({load})"
     say(f"\nThe model is in {folder}: {load} after `import hf_mim`.")
     if drawn:
@@ -325,11 +324,12 @@ def evaluate(folders: dict[str, str], config, pictures: ImageSplits, processor, 
     encoder_class = method_class(config.model_type, "Model")
     networks |= {name: encoder_class.from_pretrained(folder) for name, folder in folders.items()}
     encoders = {name: FeatureEncoder(network.eval()).to(args.device) for name, network in networks.items()}
+    poolings = encoders[next(iter(folders))].poolings
     if args.references:
         encoders = {RAW_PIXELS: RawPixels()} | encoders
     splits = labelled_splits(pictures)
     how = {"num_workers": args.dataloader_num_workers, "bf16": args.bf16}
-    features = [extract_features(encoders, split, processor, ("cls", "mean"), **how) for split in splits]
+    features = [extract_features(encoders, split, processor, poolings, **how) for split in splits]
     labels = shared_labels(*splits, multi_label=True)
     results = evaluate_features(*features, *labels)
     encoders.pop(RAW_PIXELS, None)

@@ -36,6 +36,7 @@ class Method:
         schedules (`dict`): By preset, the training arguments that differ from those of all methods.
         frozen (`FrozenPart`, *optional*): The trained network that it learns from.
         is_baseline (`bool`): Whether it is saved under a model_type of transformers, whose classes stay as they are.
+        stock_hides (`bool`): Whether transformers' encoder of that model_type hides patches even when it is used.
         package (`str`): Where its folder is.
 
     Raises:
@@ -51,6 +52,7 @@ class Method:
     schedules: dict[str, dict]
     frozen: FrozenPart | None
     is_baseline: bool = False
+    stock_hides: bool = False
     package: str = field(default="hf_mim.models")
 
     def __post_init__(self):

@@ -286,7 +286,7 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
         model = model_class._from_config(config, **kwargs)
         encoder = _load_encoder(args.model_name_or_path, config.image_size)
         model.load_encoder(with_channels(encoder, config.num_channels, args.channel_map))
-        given = ("encoder.", "vit.") if frozen is None else ("encoder.", f"{part.name}.")
+        given = (f"{model.base_model_prefix}.", *([] if frozen is None else [f"{part.name}."]))
         missing = {name for name in model.state_dict() if not name.startswith(given)}
         _say_what_is_new(args.model_name_or_path, source, model.fill_missing(missing))
     if frozen is not None:
@@ -406,7 +406,9 @@ def _fields_of_weights(args, image_size: tuple[int, int] | None, num_channels: i
     if image_size is not None and config.model_type in MODEL_TYPES | ENCODER:
         config = at_image_size(config, image_size)
     if config.model_type == model_type:
-        names = {field.name for field in fields(config)} - {field.name for field in fields(PreTrainedConfig)}
+        # Of a baseline transformers reads its own fields alone.
+        names = {field.name for field in fields(method_class(model_type, "Config"))}
+        names = {name for name in names if hasattr(config, name)} - {field.name for field in fields(PreTrainedConfig)}
         given = {name: getattr(config, name) for name in names if not name.startswith("_")}
     else:
         if config.model_type not in METHODS | ENCODER:

@@ -5,13 +5,26 @@ from huggingface_hub.dataclasses import strict
 from ..vit.configuration_vit import MaskedViTConfig, check_heads, check_mask_ratio
 from .blocks import DRAWS_PER_BLOCK, Blocks
 
+# What transformers' network of this model_type is.
+_AS_STOCK = {
+    "use_cls_token": False,
+    "pooling": "mean",
+    "position_embedding": "sincos",
+    "key_bias": True,
+    "use_gated_mlp": False,
+    "embedding_layernorm": False,
+    "num_register_tokens": 0,
+}
+# The largest number of each.
+_RANGES = {"context_scale": 1.0, "target_scale": 1.0, "target_aspect_ratio": float("inf")}
+
 
 @strict
 class IJepaConfig(MaskedViTConfig):
     r"""
-    I-JEPA ("Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", Assran et al., 2023):
-    what it saves is read as transformers' config of the same name and `model_type`. Sizes by default those of its
-    ViT-B/16. See `MaskedViTConfig` for the fields that are not here.
+    I-JEPA ("Self-Supervised Learning from Images with a Joint-Embedding Predictive Architecture", Assran et al.,
+    2023): what it saves is read as transformers' config of the same name and `model_type`. Sizes by default those of
+    its ViT-B/16. See `MaskedViTConfig` for the fields that are not here.
 
     Args:
         use_cls_token (`bool`, defaults to False): Always False: transformers' `IJepaModel` has no [CLS].
@@ -75,6 +88,9 @@ class IJepaConfig(MaskedViTConfig):
             self.predictor_num_attention_heads = self.num_attention_heads
         if self.predictor_intermediate_size is None:
             self.predictor_intermediate_size = 4 * self.predictor_hidden_size
+        for name in _RANGES:
+            # As they come back from the disk, so that a run equals itself.
+            setattr(self, name, list(getattr(self, name)))
         super().__post_init__(**kwargs)
 
     @property
@@ -94,12 +110,15 @@ class IJepaConfig(MaskedViTConfig):
 
     def check_sizes(self) -> None:
         super().check_sizes()
-        for name, value in (("use_cls_token", False), ("pooling", "mean"), ("position_embedding", "sincos")):
+        for name, value in _AS_STOCK.items():
             if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; I-JEPA has {value!r} only. Leave it out.")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; I-JEPA has {value!r} only, as transformers' IJepaModel. "
+                    "Leave it out, or choose weights of such a network."
+                )
 
     def check_pretraining(self) -> None:
-        """Raises ValueError where the predictor, the blocks or the momenta do not fit; an encoder needs none of them."""
+        """Raises ValueError where predictor, blocks or momenta do not fit, which an encoder alone does not need."""
         check_mask_ratio(self)
         size, heads = "predictor_hidden_size", "predictor_num_attention_heads"
         check_heads(size, self.predictor_hidden_size, heads, self.predictor_num_attention_heads)
@@ -112,7 +131,7 @@ class IJepaConfig(MaskedViTConfig):
                 f"ema_momentum is {self.ema_momentum} and ema_momentum_end {self.ema_momentum_end}; expected "
                 "0 <= ema_momentum <= ema_momentum_end <= 1."
             )
-        for name, largest in (("context_scale", 1.0), ("target_scale", 1.0), ("target_aspect_ratio", float("inf"))):
+        for name, largest in _RANGES.items():
             low_and_high = getattr(self, name)
             if len(low_and_high) != 2 or not 0.0 < low_and_high[0] <= low_and_high[1] <= largest:
                 raise ValueError(f"{name} is {low_and_high}; expected two numbers, 0 < low <= high <= {largest}.")

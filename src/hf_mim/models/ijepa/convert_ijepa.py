@@ -7,8 +7,8 @@ def original_config(state: State, teacher: State | None = None) -> dict:
     """
     The fields of `IJepaConfig` that the release's weights tell.
 
-    Head counts cannot be read off weights: 16 in the widths of ViT-L and more, else 64 channels a head. Square pictures
-    are assumed. Give `config` to `from_original` where that is wrong.
+    Head counts cannot be read off weights: 16 in the widths of ViT-L and more, else 64 channels a head. Square
+    pictures are assumed. Give `config` to `from_original` where that is wrong.
     """
     state = _plain(state)
     width, channels, *patch_size = state["encoder.patch_embed.proj.weight"].shape

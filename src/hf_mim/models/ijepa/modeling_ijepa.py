@@ -66,6 +66,11 @@ class IJepaPreTrainedModel(MaskedViTPreTrainedModel):
     config: IJepaConfig
     base_model_prefix = "ijepa"
 
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False, so that weights are renamed on the way to and from disk as the stock classes' are."""
+        return False
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         std = self.config.initializer_range
@@ -174,7 +179,7 @@ class IJepaForPreTraining(AveragedTeacherMixin, IJepaPreTrainedModel, MaskedViTF
         return blocks[0], blocks[1]
 
     def _predict(self, context: torch.Tensor, ids_context: torch.Tensor, ids_target: torch.Tensor) -> torch.Tensor:
-        """Latents of every target block, by itself, from every context block (batch_size * num_context_blocks, ...)."""
+        """Latents of every target block, by itself, from every context block (batch_size * num_context_blocks, ..)."""
         (batch_size, num_contexts, seen), (_, num_targets, length) = ids_context.shape, ids_target.shape
         shape = (batch_size, num_targets, num_contexts)
         ids_patch = torch.cat(

@@ -21,6 +21,9 @@ def read_checkpoint(checkpoint, networks: tuple[str, ...] = ()) -> dict[str, tor
     for key in ("model", "state_dict", "module", *([wanted] if wanted else [])):
         if isinstance(state.get(key), Mapping):
             state = state[key]
+    # Networks beside each other, each with a state dict of its own.
+    for part in [name for name, value in state.items() if isinstance(value, Mapping)]:
+        state = {**state, **{f"{part}.{name}": value for name, value in state[part].items()}}
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 

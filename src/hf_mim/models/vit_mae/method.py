@@ -21,4 +21,5 @@ METHOD = Method(
     schedules={},
     frozen=None,
     is_baseline=True,
+    stock_hides=True,
 )
