@@ -100,7 +100,7 @@ class TestBlocks:
 
     def draws(self, number=64, config=CONFIG):
         noise = torch.rand(number, config.num_patches, generator=torch.Generator().manual_seed(0))
-        return noise, *draw_blocks(noise, config)
+        return noise, *draw_blocks(noise, config, config.target_blocks.smallest)
 
     @pytest.mark.parametrize("grid", [(8, 8), (14, 14), (16, 16), (4, 12)])
     def test_sizes_are_of_the_range_and_smaller_than_the_grid(self, grid):
@@ -150,7 +150,7 @@ class TestBlocks:
 
     def test_a_picture_has_its_blocks_whatever_the_batch(self):
         noise, ids_context, ids_target = self.draws()
-        one = draw_blocks(noise[5:6], self.CONFIG)
+        one = draw_blocks(noise[5:6], self.CONFIG, 9)
         assert torch.equal(one[0], ids_context[5:6]) and torch.equal(one[1], ids_target[5:6])
 
 
@@ -332,7 +332,13 @@ class TestTraining:
         assert torch.equal(gone_on.predictor.head.weight, whole.predictor.head.weight)
 
         # A classifier on the mean of the patches.
-        tuned = ["--max_steps=1", "--use_cpu", "--report_to=none", f"--output_dir={tmp_path / 'tuned'}"]
+        tuned = [
+            "--max_steps=1",
+            "--per_device_train_batch_size=4",
+            "--use_cpu",
+            "--report_to=none",
+            f"--output_dir={tmp_path / 'tuned'}",
+        ]
         assert finetuning.main([f"--model_name_or_path={out}", f"--train_dir={pictures}", *tuned]) == 0
         config = json.loads((tmp_path / "tuned" / "config.json").read_text())
         assert (config["model_type"], config["pooling"], config["use_cls_token"]) == ("masked_vit", "mean", False)

@@ -29,7 +29,6 @@ class Blocks(NamedTuple):
         Rows and columns, of the shape of `draws` in [0, 1): one draw gives both area and aspect ratio, as in the
         release. A block is never as high or as wide as the grid.
         """
-        draws = draws.double()
         area = (self.scale[0] + draws * (self.scale[1] - self.scale[0])) * (self.grid[0] * self.grid[1])
         ratio = self.aspect_ratio[0] + draws * (self.aspect_ratio[1] - self.aspect_ratio[0])
         rows, columns = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
@@ -52,13 +51,13 @@ class Blocks(NamedTuple):
         rows, columns = self.sizes(draws[..., 0])
         inside = []
         for size, length, draw in zip((rows, columns), self.grid, draws[..., 1:].unbind(-1), strict=True):
-            first = (draw.double() * (length - size + 1)).floor().unsqueeze(-1)
+            first = (draw * (length - size + 1)).floor().unsqueeze(-1)
             place = torch.arange(length, device=draws.device)
             inside.append((place >= first) & (place < first + size.unsqueeze(-1)))
         return (inside[0].unsqueeze(-1) & inside[1].unsqueeze(-2)).flatten(-2)
 
 
-def draw_blocks(noise: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_blocks(noise: torch.Tensor, config, target_length: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The patches of each picture's context and target blocks, by its own noise alone: whatever the batch, the step or
     the number of processes.
@@ -70,10 +69,11 @@ def draw_blocks(noise: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor
     Args:
         noise (`torch.Tensor` of shape `(batch_size, num_patches)`): Uniform in [0, 1).
         config (`IJepaConfig`).
+        target_length (`int`): `config.target_blocks.smallest`, which takes a while to find.
 
     Returns:
         `ids_context` (batch_size, num_context_blocks, num_keep) and `ids_target` (batch_size, num_target_blocks,
-        length), `torch.LongTensor` of row-major indices, ascending.
+        target_length), `torch.LongTensor` of row-major indices, ascending.
     """
     num_targets, num_contexts = config.num_target_blocks, config.num_context_blocks
     draws = noise[:, : DRAWS_PER_BLOCK * (num_targets + num_contexts)].float() * _LEVELS
@@ -82,7 +82,7 @@ def draw_blocks(noise: torch.Tensor, config) -> tuple[torch.Tensor, torch.Tensor
     contexts = config.context_blocks.masks(draws[:, num_targets:])
 
     rank = noise.unsqueeze(1)
-    ids_target = _lowest(rank + (~targets), config.target_blocks.smallest)
+    ids_target = _lowest(rank + (~targets), target_length)
     # How many targets, from the last on, must be left standing aside before a patch is free.
     order = torch.arange(num_targets, 0, -1, device=noise.device).view(1, -1, 1)
     taken = (targets * order).amax(dim=1, keepdim=True)

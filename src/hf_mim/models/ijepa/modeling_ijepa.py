@@ -65,6 +65,7 @@ class IJepaPreTrainedModel(MaskedViTPreTrainedModel):
 
     config: IJepaConfig
     base_model_prefix = "ijepa"
+    _no_split_modules = ["IJepaEmbeddings", "MaskedViTLayer"]
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -103,6 +104,7 @@ class IJepaForPreTraining(AveragedTeacherMixin, IJepaPreTrainedModel, MaskedViTF
         # Not of 16 bits, whatever the rest is built in.
         self.target_encoder = IJepaModel(config).to(torch.promote_types(self.encoder.dtype, torch.float32))
         self.predictor = MaskedViTDecoder(config, config.hidden_size)
+        self.target_length = config.target_blocks.smallest
         self.post_init()
         self.freeze()
         self.copy_encoder_to_target()
@@ -165,7 +167,9 @@ class IJepaForPreTraining(AveragedTeacherMixin, IJepaPreTrainedModel, MaskedViTF
     def _blocks(self, noise, ids_context, ids_target) -> tuple[torch.Tensor, torch.Tensor]:
         """What is given, if it fits, and blocks by `noise` in the place of what is None."""
         given = {"ids_context": ids_context, "ids_target": ids_target}
-        drawn = draw_blocks(noise, self.config) if None in (*given.values(),) else (None, None)
+        drawn = (None, None)
+        if ids_context is None or ids_target is None:
+            drawn = draw_blocks(noise, self.config, self.target_length)
         blocks = []
         for (name, ids), other in zip(given.items(), drawn, strict=True):
             if ids is None:
