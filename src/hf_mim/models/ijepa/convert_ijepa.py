@@ -10,7 +10,6 @@ def original_config(state: State, teacher: State | None = None) -> dict:
     Head counts cannot be read off weights: 16 in the widths of ViT-L and more, else 64 channels a head. Square
     pictures are assumed. Give `config` to `from_original` where that is wrong.
     """
-    state = _plain(state)
     width, channels, *patch_size = state["encoder.patch_embed.proj.weight"].shape
     side = round(state["encoder.pos_embed"].shape[1] ** 0.5)
     return {
@@ -30,15 +29,9 @@ def original_config(state: State, teacher: State | None = None) -> dict:
 
 def convert_original(state: State, config, teacher: State | None = None) -> State:
     """The release's weights under the names of `IJepaForPreTraining`; they include the target encoder."""
-    state = _plain(state)
     return (
         _encoder(state, "encoder", "ijepa") | _encoder(state, "target_encoder", "target_encoder") | _predictor(state)
     )
-
-
-def _plain(state: State) -> State:
-    """Names without what the release's data-parallel wrappers put into them."""
-    return {name.replace(".module.", ".", 1): value for name, value in state.items()}
 
 
 def _encoder(state: State, source: str, target: str) -> State:
@@ -52,6 +45,7 @@ def _encoder(state: State, source: str, target: str) -> State:
 
 def _predictor(state: State) -> State:
     # Its fixed positions follow from the config.
+    state.get("predictor.predictor_pos_embed")
     weights = convert_layers(state, "predictor.predictor_blocks", "predictor.layers")
     for theirs, ours in {"embed": "embed", "norm": "layernorm", "proj": "head"}.items():
         weights |= copy_affine(state, f"predictor.predictor_{theirs}", f"predictor.{ours}")

@@ -23,7 +23,7 @@ def read_checkpoint(checkpoint, networks: tuple[str, ...] = ()) -> dict[str, tor
             state = state[key]
     # Networks beside each other, each with a state dict of its own.
     for part in [name for name, value in state.items() if isinstance(value, Mapping)]:
-        state = {**state, **{f"{part}.{name}": value for name, value in state[part].items()}}
+        state = {**state, **{f"{part}.{str(n).removeprefix('module.')}": value for n, value in state[part].items()}}
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
