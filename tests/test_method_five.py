@@ -30,7 +30,9 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
-from hf_mim.models.vit.modeling_vit import MaskedViTBackbone, MaskedViTForImageClassification, MaskedViTModel
+from hf_mim.models.vit.modeling_vit import (
+    MaskedViTBackbone, MaskedViTForImageClassification, MaskedViTForSemanticSegmentation, MaskedViTModel, with_encoder
+)
 from hf_mim.models.vit.pretraining import MaskedViTForPreTraining
 from toys.toy.configuration_toy import ToyConfig
 
@@ -59,6 +61,8 @@ class ToyForPreTraining(MaskedViTForPreTraining):
 class ToyForImageClassification(MaskedViTForImageClassification):
     config: ToyConfig
     encoder_class = ToyModel
+
+ToyForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, ToyModel)
 
 class ToyBackbone(MaskedViTBackbone):
     config: ToyConfig

@@ -35,7 +35,9 @@ _IN_MODULES = {
 }
 # Of a baseline what transformers has not, or has with other defaults; of the encoder without a method all but a task.
 _SUFFIXES = dict.fromkeys(METHODS, ("Config", *_AUTO_CLASSES.values()))
-_SUFFIXES |= dict.fromkeys(ENCODER, ("Config", "Model", "ForImageClassification", "Backbone"))
+_SUFFIXES |= dict.fromkeys(
+    ENCODER, ("Config", "Model", "ForImageClassification", "ForSemanticSegmentation", "Backbone")
+)
 _SUFFIXES |= dict.fromkeys(BASELINES, ("Config", "ForPreTraining"))
 _CLASSES = {
     prefix + suffix: (model_type, suffix)
@@ -66,6 +68,7 @@ if TYPE_CHECKING:
     from .models.dbot.modeling_dbot import DBOTBackbone as DBOTBackbone
     from .models.dbot.modeling_dbot import DBOTForImageClassification as DBOTForImageClassification
     from .models.dbot.modeling_dbot import DBOTForPreTraining as DBOTForPreTraining
+    from .models.dbot.modeling_dbot import DBOTForSemanticSegmentation as DBOTForSemanticSegmentation
     from .models.dbot.modeling_dbot import DBOTModel as DBOTModel
     from .models.ijepa.configuration_ijepa import IJepaConfig as IJepaConfig
     from .models.ijepa.modeling_ijepa import IJepaForPreTraining as IJepaForPreTraining
@@ -73,21 +76,25 @@ if TYPE_CHECKING:
     from .models.ocl.modeling_ocl import OCLBackbone as OCLBackbone
     from .models.ocl.modeling_ocl import OCLForImageClassification as OCLForImageClassification
     from .models.ocl.modeling_ocl import OCLForPreTraining as OCLForPreTraining
+    from .models.ocl.modeling_ocl import OCLForSemanticSegmentation as OCLForSemanticSegmentation
     from .models.ocl.modeling_ocl import OCLModel as OCLModel
     from .models.pilamim.configuration_pilamim import PiLaMIMConfig as PiLaMIMConfig
     from .models.pilamim.modeling_pilamim import PiLaMIMBackbone as PiLaMIMBackbone
     from .models.pilamim.modeling_pilamim import PiLaMIMForImageClassification as PiLaMIMForImageClassification
     from .models.pilamim.modeling_pilamim import PiLaMIMForPreTraining as PiLaMIMForPreTraining
+    from .models.pilamim.modeling_pilamim import PiLaMIMForSemanticSegmentation as PiLaMIMForSemanticSegmentation
     from .models.pilamim.modeling_pilamim import PiLaMIMModel as PiLaMIMModel
     from .models.tec.configuration_tec import TECConfig as TECConfig
     from .models.tec.modeling_tec import TECBackbone as TECBackbone
     from .models.tec.modeling_tec import TECForImageClassification as TECForImageClassification
     from .models.tec.modeling_tec import TECForPreTraining as TECForPreTraining
+    from .models.tec.modeling_tec import TECForSemanticSegmentation as TECForSemanticSegmentation
     from .models.tec.modeling_tec import TECModel as TECModel
     from .models.vit.configuration_vit import MaskedViTConfig as MaskedViTConfig
     from .models.vit.encoders import encoder_from as encoder_from
     from .models.vit.modeling_vit import MaskedViTBackbone as MaskedViTBackbone
     from .models.vit.modeling_vit import MaskedViTForImageClassification as MaskedViTForImageClassification
+    from .models.vit.modeling_vit import MaskedViTForSemanticSegmentation as MaskedViTForSemanticSegmentation
     from .models.vit.modeling_vit import MaskedViTModel as MaskedViTModel
     from .models.vit_mae.configuration_vit_mae import ViTMAEConfig as ViTMAEConfig
     from .models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining as ViTMAEForPreTraining

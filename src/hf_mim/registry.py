@@ -47,6 +47,7 @@ _AUTO_CLASSES = {
     "AutoModel": "Model",
     "AutoModelForPreTraining": "ForPreTraining",
     "AutoModelForImageClassification": "ForImageClassification",
+    "AutoModelForSemanticSegmentation": "ForSemanticSegmentation",
     "AutoBackbone": "Backbone",
 }
 _OF_BASELINES = ("Config", "Model", "ForPreTraining")
@@ -76,8 +77,9 @@ def method_module(model_type: str, kind: str):
 
 def method_class(model_type: str, suffix: str) -> type:
     """
-    A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification" or "Backbone"; a
-    baseline has the first three, the encoder without a method all but "ForPreTraining".
+    A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification",
+    "ForSemanticSegmentation" or "Backbone"; a baseline has the first three, the encoder without a method all but
+    "ForPreTraining".
 
     Raises:
         ValueError: If there is no such method or class.

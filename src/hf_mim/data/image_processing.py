@@ -82,6 +82,36 @@ class MIMImageProcessor(TorchvisionBackend):
             pixel_values.append(picture)
         return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
 
+    def post_process_semantic_segmentation(
+        self, outputs, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[torch.Tensor]:
+        """
+        The likeliest class of each pixel.
+
+        Args:
+            outputs: Of a model for semantic segmentation; `logits` (batch_size, num_labels, rows, columns).
+            target_sizes (sequence of (height, width), *optional*): Of the pictures, to whose pixels the logits are
+                interpolated; as many rows and columns as the logits have if None.
+
+        Returns:
+            A map of class indices, `torch.LongTensor` of shape `(height, width)`, for each picture.
+
+        Raises:
+            ValueError: If there are not as many sizes as pictures.
+        """
+        logits = outputs["logits"].float()
+        if target_sizes is None:
+            return list(logits.argmax(dim=1))
+        if len(target_sizes) != len(logits):
+            raise ValueError(f"{len(target_sizes)} target_sizes for {len(logits)} pictures; expected one for each.")
+        maps = []
+        # One picture's logits at a time.
+        for one, size in zip(logits, target_sizes, strict=True):
+            size = tuple(int(side) for side in size)
+            upsampled = torch.nn.functional.interpolate(one[None], size=size, mode="bilinear", align_corners=False)
+            maps.append(upsampled[0].argmax(dim=0))
+        return maps
+
 
 def _as_list(images) -> list:
     if isinstance(images, list | tuple):

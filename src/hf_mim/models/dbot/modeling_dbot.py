@@ -13,6 +13,7 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
     MaskedViTForImageClassification,
+    MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     refuse_unknown,
     with_encoder,
@@ -135,6 +136,13 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
 
 
 DBOTForImageClassification = with_encoder(MaskedViTForImageClassification, DBOTModel)
+DBOTForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, DBOTModel)
 DBOTBackbone = with_encoder(MaskedViTBackbone, DBOTModel)
 
-__all__ = ["DBOTBackbone", "DBOTForImageClassification", "DBOTForPreTraining", "DBOTModel"]
+__all__ = [
+    "DBOTBackbone",
+    "DBOTForImageClassification",
+    "DBOTForPreTraining",
+    "DBOTForSemanticSegmentation",
+    "DBOTModel",
+]

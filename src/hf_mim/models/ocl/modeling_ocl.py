@@ -14,6 +14,7 @@ from ..vit.autocast import without_autocast
 from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTForImageClassification,
+    MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     refuse_unknown,
     with_encoder,
@@ -59,7 +60,7 @@ class OCLModel(MaskedViTModel):
 
     config: OCLConfig
     # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
-    _keys_to_ignore_on_load_unexpected = [r"^temperature\.", r"^head\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [r"^temperature\.", r"^head\.", r"^classifier\.", r"^segmentation_head\."]
 
 
 class OCLTemperature(nn.Module):
@@ -345,6 +346,13 @@ class _Gather(torch.autograd.Function):
 
 
 OCLForImageClassification = with_encoder(MaskedViTForImageClassification, OCLModel)
+OCLForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, OCLModel)
 OCLBackbone = with_encoder(MaskedViTBackbone, OCLModel)
 
-__all__ = ["OCLBackbone", "OCLForImageClassification", "OCLForPreTraining", "OCLModel"]
+__all__ = [
+    "OCLBackbone",
+    "OCLForImageClassification",
+    "OCLForPreTraining",
+    "OCLForSemanticSegmentation",
+    "OCLModel",
+]

@@ -10,6 +10,7 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTDecoder,
     MaskedViTForImageClassification,
+    MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     patchify,
     refuse_unknown,
@@ -57,7 +58,12 @@ class PiLaMIMModel(MaskedViTModel):
 
     config: PiLaMIMConfig
     # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
-    _keys_to_ignore_on_load_unexpected = [r"^target_encoder\.", r"^(pixel|latent)_decoder\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [
+        r"^target_encoder\.",
+        r"^(pixel|latent)_decoder\.",
+        r"^classifier\.",
+        r"^segmentation_head\.",
+    ]
 
 
 class PiLaMIMForPreTraining(AveragedTeacherMixin, MaskedViTForPreTraining):
@@ -149,6 +155,13 @@ class PiLaMIMForPreTraining(AveragedTeacherMixin, MaskedViTForPreTraining):
 
 
 PiLaMIMForImageClassification = with_encoder(MaskedViTForImageClassification, PiLaMIMModel)
+PiLaMIMForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, PiLaMIMModel)
 PiLaMIMBackbone = with_encoder(MaskedViTBackbone, PiLaMIMModel)
 
-__all__ = ["PiLaMIMBackbone", "PiLaMIMForImageClassification", "PiLaMIMForPreTraining", "PiLaMIMModel"]
+__all__ = [
+    "PiLaMIMBackbone",
+    "PiLaMIMForImageClassification",
+    "PiLaMIMForPreTraining",
+    "PiLaMIMForSemanticSegmentation",
+    "PiLaMIMModel",
+]

@@ -19,6 +19,7 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTEmbeddings,
     MaskedViTForImageClassification,
+    MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     add_position_table,
     build_layers,
@@ -35,7 +36,7 @@ from .configuration_tec import TECConfig
 logger = logging.get_logger(__name__)
 
 # What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
-_BESIDES_ENCODER = [r"^base\.", r"^decoder\.", r"^encoder_adapter\.", r"^classifier\."]
+_BESIDES_ENCODER = [r"^base\.", r"^decoder\.", r"^encoder_adapter\.", r"^classifier\.", r"^segmentation_head\."]
 
 
 @dataclass
@@ -477,6 +478,13 @@ class TECForImageClassification(MaskedViTForImageClassification):
         return self.classify(pool(adapted, self.config), labels, outputs)
 
 
+TECForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, TECModel)
 TECBackbone = with_encoder(MaskedViTBackbone, TECModel)
 
-__all__ = ["TECBackbone", "TECForImageClassification", "TECForPreTraining", "TECModel"]
+__all__ = [
+    "TECBackbone",
+    "TECForImageClassification",
+    "TECForPreTraining",
+    "TECForSemanticSegmentation",
+    "TECModel",
+]

@@ -52,6 +52,16 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
         use_cls_token (`bool`, defaults to True): Whether a [CLS] token precedes the patches.
         pooling (`str`, defaults to `"cls"`): What `pooler_output` is: `"cls"`, the [CLS] token, or `"mean"`, the mean
             of the patch tokens, both after the final LayerNorm.
+        apply_layernorm (`bool`, defaults to True): Whether a backbone's feature maps are those after the final
+            LayerNorm.
+        reshape_hidden_states (`bool`, defaults to True): Whether they are maps (batch_size, hidden_size, rows,
+            columns); False for all tokens.
+        segmentation_head (`str`, defaults to `"linear"`): Of `ForSemanticSegmentation`: `"linear"`, BatchNorm and one
+            1 x 1 convolution on the patches, or `"upernet"`, transformers' UperNet on a feature pyramid, with an
+            auxiliary head.
+        segmentation_head_size (`int`, defaults to 512): Channels of UperNet and its pyramid.
+        auxiliary_loss_weight (`float`, defaults to 0.4): Of the auxiliary head's loss.
+        semantic_loss_ignore_index (`int`, defaults to 255): The class of pixels that do not count.
 
     Raises:
         ValueError: If sizes do not fit each other, naming the values.
@@ -84,6 +94,12 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     sincos_grid: list[int] | tuple[int, int] | None = None
     use_cls_token: bool = True
     pooling: str = "cls"
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    segmentation_head: str = "linear"
+    segmentation_head_size: int = 512
+    auxiliary_loss_weight: float | int = 0.4
+    semantic_loss_ignore_index: int = 255
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -101,8 +117,19 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """
         As `PreTrainedConfig.from_dict`. With a `drop_path_rate` of the caller's own it is no longer the config of the
-        run that `architectures` names, whose rate a classifier would leave behind.
+        run that `architectures` names, whose rate a classifier would leave behind; with another depth its stages are
+        those of that depth.
         """
+        saved_depth = config_dict.get("num_hidden_layers", cls.num_hidden_layers)
+        depth = kwargs.get("num_hidden_layers", saved_depth)
+        if depth != saved_depth:
+            stages = {name: config_dict.get(name) for name in ("out_features", "out_indices")}
+            config_dict = {name: value for name, value in config_dict.items() if name not in ("stage_names", *stages)}
+            # Fields that have to fit the depth come with it.
+            config_dict |= {name: kwargs[name] for name in kwargs if name in cls.__dataclass_fields__}
+            # The last one is what a backbone gives by default, and what no one may have asked for.
+            if stages["out_features"] not in (None, [f"stage{saved_depth}"]) and not stages.keys() & kwargs.keys():
+                config_dict |= stages
         loaded = super().from_dict(config_dict, **kwargs)
         if "drop_path_rate" in kwargs:
             (loaded[0] if isinstance(loaded, tuple) else loaded).architectures = None
@@ -174,6 +201,8 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
                 f"hidden_size is {self.hidden_size}; fixed sin-cos positions need a multiple of 4. Choose one, or set "
                 'position_embedding="learned".'
             )
+        if self.segmentation_head not in ("linear", "upernet"):
+            raise ValueError(f'segmentation_head is {self.segmentation_head!r}; expected "linear" or "upernet".')
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f'pooling is {self.pooling!r}; expected "cls" or "mean".')
         if self.needs_cls_token and not self.use_cls_token:

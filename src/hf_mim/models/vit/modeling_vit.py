@@ -1,5 +1,5 @@
 """
-The masked Vision Transformer that every method shares: encoder, decoder, classifier and backbone.
+The masked Vision Transformer that every method shares: encoder, decoder, classifier, segmenter and backbone.
 
 Parameter names are those of transformers' `ViTModel`, so that encoders go to and from the stock classes by name. What
 is added: masking before the patch projection, fixed positions, rectangular grids, any number of channels, and
@@ -18,7 +18,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
@@ -28,6 +33,7 @@ from .configuration_vit import MaskedViTConfig
 from .masking import restore_order
 from .pixels import PixelRenormalization
 from .position import fixed_position_table, interpolate_position_table, rotary_table, select_positions
+from .segmentation import build_segmentation_head, segmentation_loss
 from .sizes import as_pair
 from .transfer import refuse_other_positions
 
@@ -358,6 +364,8 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
     """The encoder. Methods subclass it with their own config."""
 
     embeddings_class = MaskedViTEmbeddings
+    # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
+    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^segmentation_head\."]
 
     def __init__(self, config: MaskedViTConfig):
         config.check_sizes()
@@ -411,6 +419,7 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         cls_only: bool = False,
+        num_layers: int | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
         """
@@ -426,6 +435,7 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
             output_attentions (`bool`, *optional*): Whether the attention weights are wanted.
             cls_only (`bool`, defaults to False): Whether [CLS] alone is wanted, which the last block then computes
                 alone: `last_hidden_state` is (batch_size, 1, hidden_size), and there is no mean to pool.
+            num_layers (`int`, *optional*): How many of the blocks are run; all if None.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` (batch_size, num_prefix + L, hidden_size) after the final
@@ -447,8 +457,9 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
         # Collected here and not by transformers' hooks, which are installed at the first call that asks: torch.compile
         # cannot trace that.
         states, weights = [hidden_states], []
-        for i, layer in enumerate(self.layers, start=1):
-            alone = cls_only and i == len(self.layers)
+        layers = list(self.layers)[:num_layers]
+        for i, layer in enumerate(layers, start=1):
+            alone = cls_only and i == len(layers)
             hidden_states = layer(hidden_states, weights if output_attentions else None, rotary, alone, **kwargs)
             states.append(hidden_states)
         hidden_states = self.layernorm(hidden_states)
@@ -520,9 +531,9 @@ def _is_pretraining(architectures: list[str] | None) -> bool:
     return any(name.endswith("ForPreTraining") for name in architectures or ())
 
 
-class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
+class MaskedViTWithHead(MaskedViTPreTrainedModel):
     """
-    An encoder and a linear classifier on its `pooler_output`. Methods set `encoder_class`.
+    An encoder that is to learn a task. Methods set `encoder_class`.
 
     Loaded from a pretraining checkpoint it starts without that run's stochastic depth: `config.drop_path_rate` is 0
     unless another is asked for.
@@ -530,12 +541,6 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
 
     accepts_loss_kwargs = False
     encoder_class: type[MaskedViTModel] = MaskedViTModel
-
-    def __init__(self, config: MaskedViTConfig):
-        super().__init__(config)
-        self.encoder = self.encoder_class(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
@@ -552,6 +557,21 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
                     # As the Auto classes hand it over; with a rate that is asked for it names no architecture.
                     config.drop_path_rate = 0.0
         return super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
+
+
+class MaskedViTForImageClassification(MaskedViTWithHead):
+    """
+    An encoder and a linear classifier on its `pooler_output`.
+
+    Loaded from a pretraining checkpoint it starts without that run's stochastic depth: `config.drop_path_rate` is 0
+    unless another is asked for.
+    """
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__(config)
+        self.encoder = self.encoder_class(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
 
     @can_return_tuple
     def forward(
@@ -588,8 +608,88 @@ class MaskedViTForImageClassification(MaskedViTPreTrainedModel):
         )
 
 
+class MaskedViTForSemanticSegmentation(MaskedViTWithHead):
+    """
+    An encoder, and a head on the patches of its last block after the final LayerNorm that tells the class of each
+    pixel: `config.segmentation_head`.
+
+    Loaded from a pretraining checkpoint it starts without that run's stochastic depth: `config.drop_path_rate` is 0
+    unless another is asked for.
+    """
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__(config)
+        self.encoder = self.encoder_class(config)
+        self.segmentation_head = build_segmentation_head(config)
+        self.post_init()
+
+    def trainable_modes(self) -> tuple[str, ...]:
+        """What may be trained besides everything."""
+        return ("head",)
+
+    def set_trainable(self, mode: str) -> None:
+        """Leaves one of `trainable_modes()` to be trained, and freezes the rest."""
+        self.requires_grad_(False)
+        self.segmentation_head.requires_grad_(True)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> SemanticSegmenterOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures,
+                of any size that the patches divide.
+            labels (`torch.LongTensor` of shape `(batch_size, label_height, label_width)`, *optional*): The class of
+                each pixel, `config.semantic_loss_ignore_index` where there is none. The logits are interpolated to
+                this size.
+            interpolate_pos_encoding (`bool`, defaults to True): False refuses other sizes than `config.image_size`.
+
+        Returns:
+            `SemanticSegmenterOutput`: `loss` (if `labels`); `logits` (batch_size, num_labels, rows, columns), one a
+            patch with the head "linear", four times as many rows and columns with "upernet"; and `hidden_states`,
+            `attentions` when asked for.
+
+        Raises:
+            ValueError: If the sizes do not fit.
+            TypeError: If there is no such argument.
+        """
+        refuse_unknown(self, kwargs)
+        outputs = self.encoder(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
+        logits, auxiliary_logits = self.segmentation_head(
+            _as_map(outputs.last_hidden_state, pixel_values, self.config)
+        )
+        loss = None
+        if labels is not None:
+            ignored = self.config.semantic_loss_ignore_index
+            loss = segmentation_loss(logits, labels, ignored)
+            if auxiliary_logits is not None:
+                loss = loss + self.config.auxiliary_loss_weight * segmentation_loss(auxiliary_logits, labels, ignored)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def _as_map(tokens: torch.Tensor, pixel_values: torch.Tensor, config: MaskedViTConfig) -> torch.Tensor:
+    """The patches among an encoder's tokens as (batch_size, hidden_size, rows, columns)."""
+    patch_height, patch_width = as_pair(config.patch_size)
+    grid = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
+    return tokens[:, config.num_prefix :].transpose(1, 2).unflatten(2, grid).contiguous()
+
+
 class MaskedViTBackbone(BackboneMixin, MaskedViTPreTrainedModel):
-    """Feature maps of chosen blocks, for detection and segmentation. Methods set `encoder_class`."""
+    """
+    Feature maps of chosen blocks, for detection and segmentation. Methods set `encoder_class`.
+
+    With `from_pretrained(folder, num_hidden_layers=n)` it has the first n blocks alone. Blocks after the last stage
+    that is wanted are never run.
+    """
 
     encoder_class: type[MaskedViTModel] = MaskedViTModel
 
@@ -604,30 +704,40 @@ class MaskedViTBackbone(BackboneMixin, MaskedViTPreTrainedModel):
 
     @can_return_tuple
     @filter_output_hidden_states
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs) -> BackboneOutput:
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = True, **kwargs) -> BackboneOutput:
         """
         Args:
-            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures.
-            interpolate_pos_encoding (`bool`, defaults to False): Accept other sizes than `config.image_size`.
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures,
+                of any size that the patches divide.
+            interpolate_pos_encoding (`bool`, defaults to True): False refuses other sizes than `config.image_size`.
 
         Returns:
             `BackboneOutput`: `feature_maps`, one a stage of `config.out_features` ("stem", "stage1", ...), each
-            (batch_size, hidden_size, rows, columns): the patch tokens after the final LayerNorm.
+            (batch_size, hidden_size, rows, columns): the patch tokens after the final LayerNorm, or as the block gives
+            them without `config.apply_layernorm`. Without `config.reshape_hidden_states` they are all the tokens,
+            (batch_size, num_prefix + rows * columns, hidden_size).
+
+        Raises:
+            ValueError: If the patches do not divide the picture.
+            TypeError: If there is no such argument.
         """
         refuse_unknown(self, kwargs)
         kwargs["output_hidden_states"] = True
+        stages = [self.stage_names.index(name) for name in self.out_features]
         outputs = self.encoder(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            num_layers=stages[-1],
+            return_dict=True,
+            **kwargs,
         )
-        patch_height, patch_width = as_pair(self.config.patch_size)
-        grid = (pixel_values.shape[2] // patch_height, pixel_values.shape[3] // patch_width)
-        feature_maps = tuple(
-            self.encoder.layernorm(hidden_states)[:, self.config.num_prefix :].transpose(1, 2).unflatten(2, grid)
-            for stage, hidden_states in zip(self.stage_names, outputs.hidden_states, strict=True)
-            if stage in self.out_features
-        )
+        maps = [outputs.hidden_states[stage] for stage in stages]
+        if self.config.apply_layernorm:
+            maps = [self.encoder.layernorm(tokens) for tokens in maps]
+        if self.config.reshape_hidden_states:
+            maps = [_as_map(tokens, pixel_values, self.config) for tokens in maps]
         return BackboneOutput(
-            feature_maps=feature_maps, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+            feature_maps=tuple(maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
