@@ -353,7 +353,7 @@ def _rows(shown: list[dict], names: list[str], classes: list[str], mean_depth, p
     """Rows of pictures: what is there, and what each encoder's linear layers tell."""
     pixel_values = torch.stack([one["pixel_values"] for one in shown])
     rows = {"picture": to_rgb(unnormalise(pixel_values, processor.image_mean, processor.image_std))}
-    for kind, colour in ((MASK, _class_colours(len(classes))), (DEPTH, _depth_colours(shown, mean_depth))):
+    for kind, colour in ((MASK, class_colours(len(classes))), (DEPTH, _depth_colours(shown, mean_depth))):
         if kind not in shown[0]:
             continue
         rows[f"{kind}: truth"] = colour(torch.stack([one[kind] for one in shown]))
@@ -363,7 +363,7 @@ def _rows(shown: list[dict], names: list[str], classes: list[str], mean_depth, p
     return rows
 
 
-def _class_colours(num_classes: int):
+def class_colours(num_classes: int):
     from matplotlib.colors import hsv_to_rgb
 
     # Hues by the golden ratio, so that neighbours differ. The first class, often the background, is dark; white is

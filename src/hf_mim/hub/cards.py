@@ -176,3 +176,57 @@ def write_classifier_card(folder: str | Path, name: str, config, training: dict[
             accuracies=" | ".join(f"{accuracy:.2f}" for accuracy in accuracies),
         ).replace(" |  |\n", " |\n"),
     )
+
+
+_SEGMENTER_TEMPLATE = """---
+library_name: transformers
+pipeline_tag: image-segmentation
+tags:
+- hf_mim
+- {model_type}
+---
+
+# A segmenter of {num_labels} classes, {width} wide, {depth} blocks
+
+A Vision Transformer fine-tuned with hf_mim.
+
+```python
+import hf_mim  # registers the model with the Auto classes
+from transformers import pipeline
+
+pipeline("image-segmentation", "{name}")(image)
+```
+
+## Training
+
+{training}
+
+## Of {num_test} held-out pictures, in %
+
+| mIoU | mean accuracy | pixel accuracy |
+|---|---|---|
+| {scores} |
+
+| class | IoU |
+|---|---|
+{classes}
+"""
+
+
+def write_segmenter_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict) -> Path:
+    """As `write_card`, of a segmenter; `results` has its scores, `iou` by class, and `num_test`."""
+    iou = {one: "" if value is None else f"{value:.2f}" for one, value in results["iou"].items()}
+    return write_text(
+        Path(folder) / "README.md",
+        _SEGMENTER_TEMPLATE.format(
+            model_type=config.model_type,
+            num_labels=config.num_labels,
+            width=config.hidden_size,
+            depth=config.num_hidden_layers,
+            name=name,
+            training="\n".join(f"- {name}: {value}" for name, value in training.items()),
+            num_test=results["num_test"],
+            scores=" | ".join(f"{results[one]:.2f}" for one in ("miou", "mean_accuracy", "pixel_accuracy")),
+            classes="\n".join(f"| {one} | {value} |" for one, value in iou.items()),
+        ),
+    )

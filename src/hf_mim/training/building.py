@@ -241,6 +241,46 @@ def _start_head(model: PreTrainedModel) -> None:
     torch.nn.init.zeros_(model.classifier.bias)
 
 
+def build_segmenter_config(
+    args: ClassifierArguments, image_size: tuple[int, int] | None, num_channels: int | None
+) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
+    """
+    The config of the segmenter to be trained, still without its labels and head, and the encoder that it starts from:
+    any that `encoder_from` reads, with positions interpolated to `image_size`; None where it is untrained.
+
+    Raises:
+        ValueError: If the weights cannot be read, or have other sizes than the flags ask for.
+    """
+    path = args.model_name_or_path
+    if path is None:
+        config, encoder = build_classifier_config(args, image_size, num_channels), None
+    else:
+        if args.config_overrides or args.patch_size:
+            raise ValueError("--config_overrides and --patch_size are for untrained networks: leave them out.")
+        check_there(path, "model_name_or_path")
+        try:
+            encoder = _load_encoder(path, image_size)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model_name_or_path {path}: {error}") from error
+        config = copy.deepcopy(encoder.config)
+        # It is no longer the config of the run that trained the weights.
+        config.architectures = None
+        if num_channels not in (None, config.num_channels):
+            raise ValueError(f"--num_channels {num_channels}: {path} takes {config.num_channels}. Leave it out.")
+    config.drop_path_rate = args.drop_path_rate
+    return config, encoder
+
+
+def build_segmenter(args: ClassifierArguments, config, encoder: PreTrainedModel | None) -> PreTrainedModel:
+    """The segmenter of `config`, with the weights of `encoder` where there is one; its head is new."""
+    config.check_sizes()
+    segmenter_class = method_class(config.model_type, "ForSemanticSegmentation")
+    model = segmenter_class._from_config(config, dtype=torch.float32, **_attention(args))
+    if encoder is not None:
+        model.encoder.load_state_dict(encoder.state_dict())
+    return model
+
+
 def trained_normalization(
     args: ModelArguments | ClassifierArguments,
 ) -> tuple[list[float] | None, list[float] | None]:

@@ -65,6 +65,33 @@ FINE_TUNING_PRESETS = {
 }
 
 
+# Segmentation, as the papers fine-tune on ADE20K: 160,000 steps of 16 pictures are 127 epochs of it.
+_SEGMENTATION = {
+    "num_train_epochs": 127,
+    "warmup_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "segmentation_head": "upernet",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+# Minutes on a CPU, for the embedded scenes.
+_TINY_SEGMENTATION = {
+    "num_train_epochs": 5,
+    "warmup_epochs": 0.5,
+    "per_device_train_batch_size": 64,
+    "base_learning_rate": 8e-3,
+    "layer_decay": 0.75,
+    "drop_path_rate": 0.0,
+    "scale_jitter": [0.9, 1.2],
+    "photometric_jitter": False,
+    "segmentation_head_size": 64,
+    "logging_steps": 25,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+SEGMENTATION_PRESETS = dict.fromkeys(("small", "base", "large", "huge"), _SEGMENTATION) | {"tiny": _TINY_SEGMENTATION}
+
+
 def preset_training(preset: str, model_type: str, scenes: bool = False) -> dict:
     """The flags that a preset sets for a method; `scenes`: for an untrained network on the embedded scenes."""
     of_method = RECORDS[model_type].schedules.get(preset, {}) if model_type in RECORDS else {}

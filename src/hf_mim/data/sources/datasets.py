@@ -288,6 +288,8 @@ class _Column:
 
     def __init__(self, dataset, column: str):
         self.column = column
+        # Masks are in a column of their own.
+        self.whole = dataset
         self.dataset = dataset.select_columns([column])
         dtype = _number_type(dataset.features[column])
         if dtype is not None:  # or else every integer would come as int64
