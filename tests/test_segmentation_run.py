@@ -20,7 +20,7 @@ from tiny_training import run
 SMALL = [
     "--model_type=tec",
     "--image_size=16",
-    "--config_overrides=hidden_size=16,num_hidden_layers=3,num_attention_heads=2",
+    "--config_overrides=hidden_size=16,num_hidden_layers=4,num_attention_heads=2",
     "--max_train_samples=16",
     "--max_eval_samples=3",
     "--max_steps=4",

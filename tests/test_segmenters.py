@@ -250,6 +250,7 @@ def _dpt(backbone_config):
     config = transformers.DPTConfig(
         backbone_config=backbone_config,
         hidden_size=32,
+        num_attention_heads=2,
         patch_size=8,
         neck_hidden_sizes=[8, 8, 8, 8],
         fusion_hidden_size=8,

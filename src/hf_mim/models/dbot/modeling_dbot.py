@@ -55,7 +55,7 @@ class DBOTModel(MaskedViTModel):
 
     config: DBOTConfig
     # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
-    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^decoder\.", r"^classifier\."]
+    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^decoder\.", r"^classifier\.", r"^segmentation_head\."]
 
 
 class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
