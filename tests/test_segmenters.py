@@ -244,23 +244,6 @@ def _upernet(backbone_config):
     return transformers.UperNetForSemanticSegmentation(config)
 
 
-def _dpt(backbone_config):
-    # It reads tokens, and makes its maps itself.
-    backbone_config.reshape_hidden_states = False
-    config = transformers.DPTConfig(
-        backbone_config=backbone_config,
-        hidden_size=32,
-        num_attention_heads=2,
-        patch_size=8,
-        neck_hidden_sizes=[8, 8, 8, 8],
-        fusion_hidden_size=8,
-        reassemble_factors=[4, 2, 1, 0.5],
-        num_labels=4,
-        use_auxiliary_head=False,
-    )
-    return transformers.DPTForSemanticSegmentation(config)
-
-
 def _mask2former(backbone_config):
     config = transformers.Mask2FormerConfig(
         backbone_config=backbone_config,
@@ -300,7 +283,7 @@ def _maskformer(backbone_config):
     return transformers.MaskFormerForInstanceSegmentation(config)
 
 
-@pytest.mark.parametrize("build", [_upernet, _dpt, _mask2former, _maskformer])
+@pytest.mark.parametrize("build", [_upernet, _mask2former, _maskformer])
 def test_a_step_of_transformers_own_heads_at_another_size(build, tmp_path):
     torch.manual_seed(0)
     model = build(tiny_config("pilamim", **RGB, num_hidden_layers=4, out_indices=[1, 2, 3, 4])).train()
