@@ -620,9 +620,8 @@ class TestWhatOnlyTheJobDoes:
         assert trainer.state.global_step == 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_pixels_that_travel_as_bytes_change_nothing(workers, tmp_path):
-    """As on a GPU, which normalises them. One picture of the data is of floats."""
+def test_pixels_that_travel_as_bytes_change_nothing(tmp_path):
+    """From workers, and so to a GPU, which normalises them. One picture of the data is of floats."""
     values = [*pictures(19), pictures(1, seed=1)[0].astype(np.float32) / 255]
     data = PretrainingDataset(
         ImageDataset(values, 3, source="noise"),
@@ -630,7 +629,7 @@ def test_pixels_that_travel_as_bytes_change_nothing(workers, tmp_path):
     )
     seen, steps = [], []
     for on_device in (False, True):
-        trainer = tiny_trainer(tmp_path / str(on_device), data=data, max_steps=6, dataloader_num_workers=workers)
+        trainer = tiny_trainer(tmp_path / str(on_device), data=data, max_steps=6, dataloader_num_workers=2)
         trainer.normalises_on_device = on_device
         loader = trainer.get_train_dataloader()
         seen.append([batch["pixel_values"].dtype for batch in loader])

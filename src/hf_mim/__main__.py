@@ -17,6 +17,7 @@ COMMANDS = {
     "export": ("hf_mim.jobs.export", "write an encoder or classifier for other software: ViT, timm, ONNX, ..."),
     "convert": ("hf_mim.jobs.convert", "read a checkpoint that a method's authors released"),
     "check": ("hf_mim.jobs.check", "read a data set once, and say what is wrong with it"),
+    "pack": ("hf_mim.jobs.pack", "pack pictures into few large files, smaller where wanted"),
 }
 
 

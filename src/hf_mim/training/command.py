@@ -245,6 +245,7 @@ _TITLES = {
     "ConvertArguments": "The checkpoint",
     "EmbedArguments": "The table",
     "ExportArguments": "The export",
+    "PackArguments": "Packing",
 }
 
 

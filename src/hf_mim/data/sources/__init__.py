@@ -6,7 +6,7 @@ the source has none); both are of the kinds in `dataset`.
 
 from ..arguments import TORCHVISION_PREFIX, DataArguments
 from ..dataset import ImageDataset, ImageStream
-from . import clevr, datasets, folder, idx, scenes, torchvision
+from . import clevr, datasets, folder, idx, packed, scenes, torchvision
 
 
 def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
@@ -37,4 +37,6 @@ def _of_folder(root: str):
     """The kind of source that a folder is, by what lies in it."""
     if clevr.is_clevr(root):
         return clevr
+    if packed.is_packed(root):
+        return packed
     return idx if idx.has_idx_files(root) else folder
