@@ -13,6 +13,7 @@ from hf_mim.jobs.export import ExportArguments
 from hf_mim.jobs.finetuning import FineTuningArguments
 from hf_mim.jobs.linear_probe import PRESETS as PROBE_PRESETS
 from hf_mim.jobs.linear_probe import ProbeArguments
+from hf_mim.jobs.pack import PackArguments, name_both
 from hf_mim.jobs.representation_report import ReportArguments
 from hf_mim.jobs.segmentation import CLASSES as SEGMENTATION_CLASSES
 from hf_mim.training.arguments import MIMTrainingArguments
@@ -45,12 +46,14 @@ WITHOUT_SCRIPT = {
     "convert": ((ConvertArguments,), {}),
     "embed": ((EmbedArguments, DataArguments), {}),
     "export": ((ExportArguments,), {}),
+    "pack": ((DataArguments, PackArguments), {}),
 }
 NEEDED |= {
     "check": [],
     "convert": ["--checkpoint=x", "--output=x", "--model_type=x"],
     "embed": ["--model_name_or_path=x", "--images=x", "--output=x.parquet"],
     "export": ["--model_name_or_path=x", "--output=x"],
+    "pack": ["--output_dir=x"],
 }
 SUBCOMMANDS |= WITHOUT_SCRIPT
 PRINTED = [
@@ -98,6 +101,8 @@ def test_commands(monkeypatch, path, script, words):
     classes, presets = (SCRIPTS | SUBCOMMANDS)[script]
     if script == "check":
         words = _name_data(words)
+    elif script == "pack":
+        words = name_both(words)
     elif script in WITHOUT_SCRIPT:
         words = name_words(words, *(word.partition("=")[0][2:] for word in NEEDED[script] if "type" not in word))
     # Commands that are only named, in a list of them, lack these.

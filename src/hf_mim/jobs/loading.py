@@ -85,6 +85,8 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu",
 def name_data(path: str) -> str:
     """The flag that a folder, or a data set of the Hub or on disk, is given by."""
     folder = Path(path).expanduser()
+    if is_packed(folder):
+        return "train_dir"
     # A folder that `datasets` wrote is one of its data sets.
     of_datasets = (
         any(folder.glob("*.parquet")) or (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()

@@ -18,7 +18,7 @@ from ..files import remove_leftovers, replacing, write_json
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
 from ..training.machine import process_cores
-from .check import name_data
+from .check import _name_data
 
 _JPEG, _JPEG_QUALITY = b"\xff\xd8\xff", 95
 
@@ -46,10 +46,15 @@ class PackArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """`hf_mim pack DATA DIR`: DATA is a folder or a data set of the Hub. Returns the exit status."""
+    return run_job(lambda: pack(*parse_arguments((DataArguments, PackArguments), name_both(argv), presets={})))
+
+
+def name_both(argv: list[str] | None) -> list[str]:
+    """The command line, its first two words as the flags that they stand for."""
     argv = list(argv or [])
     if len(argv) > 1 and not argv[1].startswith("-"):
         argv[1] = f"--output_dir={argv[1]}"
-    return run_job(lambda: pack(*parse_arguments((DataArguments, PackArguments), name_data(argv), presets={})))
+    return _name_data(argv)
 
 
 def pack(data_args: DataArguments, args: PackArguments) -> int:
