@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..models.vit.sizes import as_pair
 from .machine import half_precision_peak, peak_memory, process_cores
@@ -38,10 +39,11 @@ class SpeedMeter:
 
     Args:
         device (`torch.device`): Of training.
-        operations (`float`): Floating-point operations that training takes a picture; see [`training_operations`].
+        operations (`float`, *optional*): Floating-point operations that training takes a picture; see
+            [`training_operations`].
     """
 
-    def __init__(self, device: torch.device, operations: float):
+    def __init__(self, device: torch.device, operations: float | None):
         self.device, self.operations = device, operations
         self.waited = self.beside = 0.0
         self.pending: list[tuple] = []
@@ -111,6 +113,8 @@ class SpeedMeter:
         images = passed.step * args.effective_batch_size / max(passed.seconds - passed.beside, 1e-9)
         said = {"images/s": f"{images:.0f}" if images >= 10 else f"{images:.1f}"}
         said["of the time waiting for data"] = f"{self._waiting_share(passed):.0%}"
+        if self.operations is None:
+            return said
         # Of one device, which the peak is of.
         rate = images * self.operations / args.world_size
         said["TFLOP/s"] = f"{rate / 1e12:.3g}"
@@ -159,7 +163,7 @@ def _for_arithmetic(args, device: torch.device) -> str:
     return "more devices (accelerate launch)"
 
 
-def training_operations(model: nn.Module, batch_size: int) -> float:
+def training_operations(model: nn.Module, batch_size: int) -> float | None:
     """
     Floating-point operations of matrix products, forward and backward, that training takes a picture.
 
@@ -170,9 +174,14 @@ def training_operations(model: nn.Module, batch_size: int) -> float:
         model (`nn.Module`): Takes `pixel_values` of its config's size and channels; its output's first entry is
             what the gradient is of.
         batch_size (`int`): Pictures at a time, which a contrastive loss depends on.
+
+    Returns:
+        `float`: None of a model that is not transformers', or whose config has no `image_size`.
     """
     from torch.utils.flop_counter import FlopCounterMode
 
+    if not isinstance(model, PreTrainedModel) or getattr(model.config, "image_size", None) is None:
+        return None
     config, device = model.config, torch.device("meta")
     # What is found in the memo is not copied: weights on no device take the place of the weights.
     tensors = {id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()}
