@@ -11,6 +11,7 @@ from ..data.dataset import ImageDataset
 from ..data.image_processing import build_image_processor
 from ..data.images import BrokenImageError
 from ..data.loading import ImageSplits, check_images, load_all_images, load_images, resolve_mean_std, without_broken
+from ..data.sources.packed import is_packed
 from ..evaluation.encoders import FeatureEncoder, load_encoder
 from ..models.vit.encoders import read_normalization
 from ..models.vit.sizes import as_pair

@@ -17,6 +17,8 @@ from .machine import half_precision_peak, peak_memory, process_cores
 _MUCH_WAITING, _MUCH_BESIDE = 0.1, 0.2
 # Waits on a GPU that are timed before they are added up.
 _PENDING = 1000
+# What `training_operations` has counted, of models that differ in their weights alone.
+_COUNTED: dict[tuple, float] = {}
 
 
 class _Reading(NamedTuple):
@@ -178,10 +180,18 @@ def training_operations(model: nn.Module, batch_size: int) -> float | None:
     Returns:
         `float`: None of a model that is not transformers', or whose config has no `image_size`.
     """
-    from torch.utils.flop_counter import FlopCounterMode
-
     if not isinstance(model, PreTrainedModel) or getattr(model.config, "image_size", None) is None:
         return None
+    trained = tuple((name, parameter.requires_grad) for name, parameter in model.named_parameters())
+    same = (type(model), model.config.to_json_string(), trained, batch_size)
+    if same not in _COUNTED:
+        _COUNTED[same] = _count_operations(model, batch_size)
+    return _COUNTED[same]
+
+
+def _count_operations(model: PreTrainedModel, batch_size: int) -> float:
+    from torch.utils.flop_counter import FlopCounterMode
+
     config, device = model.config, torch.device("meta")
     # What is found in the memo is not copied: weights on no device take the place of the weights.
     tensors = {id(p): nn.Parameter(torch.empty_like(p, device=device), p.requires_grad) for p in model.parameters()}

@@ -83,8 +83,8 @@ class MIMTrainer(ViTTrainer):
             **kwargs,
         )
         self.stage, self.optimizer_state = stage, optimizer_state
-        # A user's collator gets what it did.
-        self.normalises_on_device = data_collator is None
+        # A GPU normalises while the host has other things to do, and is sent a quarter; on a CPU it would be slower.
+        self.normalises_on_device = self.args.device.type != "cpu" and data_collator is None
         self.device_transform: PretrainingTransform | None = None
         # Called with the encoder at each evaluation; gives metrics by name.
         self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
@@ -106,9 +106,7 @@ class MIMTrainer(ViTTrainer):
         if not is_training and self.is_pairwise:
             batch_size = self.args.contrastive_eval_batch_size
         transform, collator = getattr(dataset, "transform", None), self.data_collator
-        # Bytes are a quarter of what workers hand over and a GPU is sent; else it is the same work elsewhere.
-        travels = self.args.device.type != "cpu" or self._num_workers(dataset, batch_size) > 0
-        if is_training and travels and self.normalises_on_device and isinstance(transform, PretrainingTransform):
+        if is_training and self.normalises_on_device and isinstance(transform, PretrainingTransform):
             dataset = copy.copy(dataset)
             dataset.transform, self.data_collator = transform.raw(), RawCollator(transform)
             # Its numbers will be on the device, and workers want them where they are.

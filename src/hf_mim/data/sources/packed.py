@@ -67,7 +67,7 @@ def _open(root: str, split: str, args: DataArguments) -> ImageDataset:
     names = index["labels"]
     columns: dict[str, list] = {name: [] for name in names}
     if names:
-        for path in values.paths:
+        for path in values.shard_paths:
             table = pq.read_table(path, columns=list(names))
             for name in names:
                 columns[name] += table[name].to_pylist()
@@ -89,11 +89,11 @@ class PackedImages:
     """
 
     def __init__(self, root: str, shards: list[dict]):
-        self.paths = [os.path.join(root, shard["name"]) for shard in shards]
+        self.shard_paths = [os.path.join(root, shard["name"]) for shard in shards]
         self.ends = np.cumsum([shard["rows"] for shard in shards])
         self._told = json.dumps(shards)
         self._process, self._files = os.getpid(), {}
-        for path, shard in zip(self.paths, shards, strict=True):
+        for path, shard in zip(self.shard_paths, shards, strict=True):
             size = os.path.getsize(path) if os.path.isfile(path) else None
             if size != shard["file_bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
@@ -111,7 +111,7 @@ class PackedImages:
         try:
             group = self._file(shard).read_row_group(row // GROUP_ROWS, columns=["image"])
         except OSError as error:
-            raise OSError(f"{self.paths[shard]} can no longer be read ({error}). Was it moved?") from error
+            raise OSError(f"{self.shard_paths[shard]} can no longer be read ({error}). Was it moved?") from error
         return group["image"][row % GROUP_ROWS].as_py()
 
     def _file(self, shard: int):
@@ -121,7 +121,7 @@ class PackedImages:
             # A worker shares no open file, nor its position, with the process that it came from.
             self._process, self._files = os.getpid(), {}
         if shard not in self._files:
-            self._files[shard] = pq.ParquetFile(self.paths[shard], memory_map=True)
+            self._files[shard] = pq.ParquetFile(self.shard_paths[shard], memory_map=True)
         return self._files[shard]
 
     def __getstate__(self) -> dict:
