@@ -50,7 +50,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"hf_mim": ["py.typed"]},
+    package_data={"hf_mim": ["py.typed"], "hf_mim.evaluation": ["reference_curves.json"]},
     entry_points={"console_scripts": ["hf_mim=hf_mim.__main__:main"]},
     # The lowest versions that the tests pass with: tests/floors.txt, which CI runs.
     install_requires=[

@@ -16,6 +16,7 @@ COMMANDS = {
     "embed": ("hf_mim.jobs.embed", "features of images as a table, and pages of nearest neighbours"),
     "export": ("hf_mim.jobs.export", "write an encoder or classifier for other software: ViT, timm, ONNX, ..."),
     "convert": ("hf_mim.jobs.convert", "read a checkpoint that a method's authors released"),
+    "replay": ("hf_mim.jobs.replay", "do again a step whose loss was not finite, and say where that begins"),
     "check": ("hf_mim.jobs.check", "read a data set once, and say what is wrong with it"),
     "pack": ("hf_mim.jobs.pack", "pack pictures into few large files, smaller where wanted"),
 }

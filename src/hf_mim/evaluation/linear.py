@@ -8,41 +8,48 @@ from torch import nn
 from .multi_label import mean_average_precision
 
 
-def linear_probe_accuracy(
+def linear_probe_predict(
     train_features: torch.Tensor,
     train_labels: torch.Tensor,
     test_features: torch.Tensor,
-    test_labels: torch.Tensor,
     *,
     weight_decay: float = 1e-3,
     max_iterations: int = 100,
-) -> float:
+) -> torch.Tensor:
     """
     Multinomial logistic regression on standardised features (a BatchNorm without affine, as in the papers' probes),
     to convergence by L-BFGS: seconds instead of the papers' 100 epochs, and no learning rate to choose.
 
     Args:
         train_features (`torch.Tensor` of shape `(num_train, dim)`), test_features (`(num_test, dim)`).
-        train_labels (`torch.LongTensor` of shape `(num_train,)`), test_labels (`(num_test,)`): Classes, from 0; or, of
-            several labels a picture, of shape `(num, num_labels)`, 1 or 0: a logistic regression a label.
+        train_labels (`torch.LongTensor` of shape `(num_train,)`): Classes, from 0; or, of several labels a picture, of
+            shape `(num_train, num_labels)`, 1 or 0: a logistic regression a label.
         weight_decay (`float`, defaults to 1e-3): Times half the squared weights, added to the mean cross-entropy.
         max_iterations (`int`, defaults to 100): Of L-BFGS.
 
     Returns:
-        `float`: share of `test_labels`, in percent, that is got right; of several labels a picture the mean average
-        precision.
+        `torch.LongTensor` of shape `(num_test,)`: predicted classes; of several labels a picture, logits of shape
+        `(num_test, num_labels)`.
     """
     multi_label = train_labels.ndim == 2
-    num_classes = train_labels.shape[1] if multi_label else int(max(train_labels.max(), test_labels.max())) + 1
+    num_classes = train_labels.shape[1] if multi_label else int(train_labels.max()) + 1
     cross_entropy = nn.functional.binary_cross_entropy_with_logits if multi_label else nn.functional.cross_entropy
     targets = train_labels.to(train_features.dtype) if multi_label else train_labels
     weight, bias = fit_linear(
         train_features, targets, num_classes, cross_entropy, weight_decay=weight_decay, max_iterations=max_iterations
     )
     logits = nn.functional.linear(test_features, weight, bias)
-    if multi_label:
-        return mean_average_precision(logits, test_labels)
-    predicted = logits.argmax(dim=1)
+    return logits if multi_label else logits.argmax(dim=1)
+
+
+def linear_probe_accuracy(train_features, train_labels, test_features, test_labels, **kwargs) -> float:
+    """
+    Share of `test_labels`, in percent, that [`linear_probe_predict`] gets right; of several labels a picture, labels
+    being of shape (num_pictures, num_labels), the mean average precision of its logits.
+    """
+    predicted = linear_probe_predict(train_features, train_labels, test_features, **kwargs)
+    if predicted.ndim == 2:
+        return mean_average_precision(predicted, test_labels)
     return 100.0 * (predicted == test_labels).double().mean().item()
 
 

@@ -3,15 +3,16 @@
 import functools
 from statistics import fmean
 
+import torch
 from accelerate import PartialState
 
 from ..data.dataset import ImageStream
 from ..data.loading import ImageSplits
 from .encoders import FeatureEncoder
 from .features import extract_features, labelled_splits, shared_labels
-from .knn import knn_accuracy
-from .linear import linear_probe_accuracy
-from .report import labelled
+from .knn import knn_predict
+from .linear import linear_probe_predict
+from .report import accuracy, label_notes, labelled, tells_apart, told
 
 
 class OnlineEvaluation:
@@ -52,13 +53,17 @@ class OnlineEvaluation:
         self.train, self.test = labelled_splits(pictures, skip_broken=skip_broken)
         self.train_labels, self.test_labels = shared_labels(self.train, self.test, multi_label=True)
         check_labelled(pictures, self.train_labels, "--eval_knn and --online_probe need them")
+        # What is to be known of the numbers.
+        self.notes = [
+            note for label in self.train_labels for note in label_notes(label, self.train_labels, self.test_labels)
+        ]
         self.processor, self.pooling = processor, pooling
         self.num_workers, self.bf16 = num_workers, bf16
         self.scores = {
-            name: score
-            for name, score, wanted in (
-                ("knn_accuracy", functools.partial(knn_accuracy, device=PartialState().device), knn),
-                ("linear_accuracy", linear_probe_accuracy, linear),
+            name: predict
+            for name, predict, wanted in (
+                ("knn", functools.partial(knn_predict, device=PartialState().device), knn),
+                ("linear", linear_probe_predict, linear),
             )
             if wanted
         }
@@ -66,10 +71,17 @@ class OnlineEvaluation:
     @property
     def names(self) -> list[str]:
         """What the metrics are called: `knn_accuracy_LABEL`, and `knn_accuracy` for the mean over the labels."""
-        return [name for score in self.scores for name in (*(f"{score}_{key}" for key in self.train_labels), score)]
+        scores = [f"{score}_accuracy" for score in self.scores]
+        return [name for score in scores for name in (*(f"{score}_{key}" for key in self.train_labels), score)]
 
     def __call__(self, encoder) -> dict[str, float]:
         """Percent by name, of a model in eval mode; on all processes, each of which computes its share of features."""
+        metrics, self.last_features, self.last_answers = self.measure(encoder)
+        return metrics
+
+    def measure(self, encoder) -> tuple[dict[str, float], dict[str, torch.Tensor], dict]:
+        """Percent by name; and of the held-out pictures features by pooling, and which are told, as
+        [`evaluate_features`] fills them in (without the encoder's name). NaN of features that are not finite."""
         network = FeatureEncoder(encoder)
         pooling = self.pooling or network.poolings[0]
         train, test = (
@@ -78,17 +90,22 @@ class OnlineEvaluation:
             )[""][pooling]
             for split in (self.train, self.test)
         )
-        metrics = {}
-        for name, score in self.scores.items():
+        metrics, answers = {}, {}
+        finite = bool(train.isfinite().all() and test.isfinite().all())
+        for name, predict in self.scores.items():
             by_label = {}
             for label in self.train_labels:
-                split = (
-                    *labelled(train, self.train_labels[label]),
-                    *labelled(test, self.test_labels[label]),
-                )
-                by_label[f"{name}_{label}"] = score(*split)
-            metrics |= by_label | {name: fmean(by_label.values())}
-        return metrics
+                if not finite:
+                    by_label[f"{name}_accuracy_{label}"] = float("nan")
+                    continue
+                known = labelled(train, self.train_labels[label])
+                asked, right = labelled(test, self.test_labels[label])
+                predicted = predict(*known, asked)
+                by_label[f"{name}_accuracy_{label}"] = accuracy(predicted, right)
+                if tells_apart(right):
+                    answers.setdefault(name, {})[label] = told(predicted, self.test_labels[label])
+            metrics |= by_label | {f"{name}_accuracy": fmean(by_label.values())}
+        return metrics, {pooling: test}, {pooling: answers}
 
 
 def check_labelled(pictures: ImageSplits, labels: dict, why: str) -> None:

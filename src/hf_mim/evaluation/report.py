@@ -5,11 +5,14 @@ from accelerate import PartialState
 
 from .encoders import PIXELS
 from .features import Features
-from .knn import knn_accuracy, rank_me
-from .linear import linear_probe_accuracy
+from .knn import knn_predict, rank_me
+from .linear import linear_probe_predict
+from .multi_label import mean_average_precision
 
 RAW_PIXELS = "raw pixels"
 _FEW = 50
+# Of `knn_predict`.
+_NEIGHBOURS = 20
 
 
 def evaluate_features(
@@ -17,6 +20,8 @@ def evaluate_features(
     test: Features,
     train_labels: dict[str, torch.Tensor],
     test_labels: dict[str, torch.Tensor],
+    *,
+    answers: dict | None = None,
 ) -> dict:
     """
     k-NN and linear accuracy for every label, and RankMe of the test features.
@@ -25,12 +30,16 @@ def evaluate_features(
         train, test: As `extract_features` gives.
         train_labels, test_labels: By name, `torch.LongTensor` of shape `(num_pictures,)`; -1 where there is none. Or,
             of several labels a picture, `(num_pictures, num_labels)`.
+        answers (`dict`, *optional*): Filled in: by encoder's name, pooling, "knn" or "linear" and label, which test
+            pictures are told: float `torch.Tensor` of shape `(num_pictures,)`, 1, 0, or NaN without a label. Labels of
+            which a picture may have several, and those that are all the same, are left out.
 
     Returns:
         `dict` for JSON: `num_train`, `num_test`, `notes` (what is to be known of the numbers), and `features`: by
         name, `knn` and `linear` (percent by label; None of features that are not finite) and `rank_me` (None for raw
         pixels, and features that are not finite).
     """
+    origin = {feature_name(name, pooling): (name, pooling) for name, pooled in train.items() for pooling in pooled}
     pairs = {
         feature_name(name, pooling): (features, test[name][pooling])
         for name, pooled in train.items()
@@ -40,7 +49,7 @@ def evaluate_features(
     results = {"num_train": len(first_train), "num_test": len(first_test), "features": {}}
     # Features are kept on the CPU; their similarities are computed where there is a faster device.
     device = PartialState().device
-    results["notes"] = [note for label in train_labels for note in _notes(label, train_labels, test_labels)]
+    results["notes"] = [note for label in train_labels for note in label_notes(label, train_labels, test_labels)]
     for name, (train_features, test_features) in pairs.items():
         finite = bool(train_features.isfinite().all() and test_features.isfinite().all())
         if not finite:
@@ -50,17 +59,43 @@ def evaluate_features(
             continue
         scores = {"knn": {}, "linear": {}, "rank_me": None if name == RAW_PIXELS else rank_me(test_features)}
         for label in train_labels:
-            split = (
-                *labelled(train_features, train_labels[label]),
-                *labelled(test_features, test_labels[label]),
-            )
-            scores["knn"][label] = knn_accuracy(*split, device=device)
-            scores["linear"][label] = linear_probe_accuracy(*split)
+            known = labelled(train_features, train_labels[label])
+            asked, right = labelled(test_features, test_labels[label])
+            for score, predicted in (
+                ("knn", knn_predict(*known, asked, device=device)),
+                ("linear", linear_probe_predict(*known, asked)),
+            ):
+                scores[score][label] = accuracy(predicted, right)
+                if answers is not None and tells_apart(right):
+                    network, pooling = origin[name]
+                    by_label = answers.setdefault(network, {}).setdefault(pooling, {}).setdefault(score, {})
+                    by_label[label] = told(predicted, test_labels[label])
         results["features"][name] = scores
     return results
 
 
-def _notes(label: str, train_labels: dict[str, torch.Tensor], test_labels: dict[str, torch.Tensor]) -> list[str]:
+def accuracy(predicted: torch.Tensor, labels: torch.Tensor) -> float:
+    """Percent of labels that are told; of several a picture, scores being given, the mean average precision."""
+    if predicted.ndim == 2:
+        return mean_average_precision(predicted, labels)
+    return 100.0 * (predicted == labels).double().mean().item()
+
+
+def tells_apart(labels: torch.Tensor) -> bool:
+    """Whether labels are classes, one a picture, and not all the same."""
+    return labels.ndim == 1 and len(labels.unique()) > 1
+
+
+def told(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Which labels (-1: none) the predictions for those that are there are right of: 1, 0, or NaN for none."""
+    right = torch.full(labels.shape, float("nan"))
+    known = labels >= 0
+    right[known] = (predicted.cpu() == labels[known]).float()
+    return right
+
+
+def label_notes(label: str, train_labels: dict[str, torch.Tensor], test_labels: dict[str, torch.Tensor]) -> list[str]:
+    """What is to be known of the numbers that a label gives."""
     if train_labels[label].ndim == 2:
         return [f"Of {label!r} a picture may have several: what is given is the mean average precision."]
     train, test = (labels[label][labels[label] >= 0] for labels in (train_labels, test_labels))
@@ -69,6 +104,10 @@ def _notes(label: str, train_labels: dict[str, torch.Tensor], test_labels: dict[
     unseen = sorted(set(test.unique().tolist()) - set(train.unique().tolist()))
     if unseen:
         return [f"{len(unseen)} classes of {label!r} have no training picture, and cannot be told."]
+    counts = train.bincount()
+    few = int((counts[test.unique()] < _NEIGHBOURS).sum())
+    if few:
+        return [f"{few} classes of {label!r} have fewer training pictures than the {_NEIGHBOURS} neighbours of k-NN."]
     return []
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import transformers
 
 from ..evaluation.report import described_tables, markdown_table
+from ..evaluation.verdict import Verdict
 from ..files import write_text
 from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, MODEL_TYPES, RECORDS, method_name
@@ -67,7 +68,14 @@ features = model(**processor(image, return_tensors="pt")).{pooled}  # (1, {width
 """
 
 
-def write_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict | None) -> Path:
+def write_card(
+    folder: str | Path,
+    name: str,
+    config,
+    training: dict[str, str],
+    results: dict | None,
+    verdict: Verdict | None = None,
+) -> Path:
     """
     Writes `README.md`.
 
@@ -77,6 +85,7 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
         config: The model's.
         training (`dict[str, str]`): Settings worth telling, by name.
         results (`dict`, *optional*): As `evaluate_features` gives; None where features could not be evaluated.
+        verdict ([`Verdict`], *optional*): Whether the run learns.
 
     Returns:
         `Path`: the card.
@@ -104,7 +113,7 @@ def write_card(folder: str | Path, name: str, config, training: dict[str, str], 
             height=height,
             width_pixels=width_pixels,
             training="\n".join(f"- {name}: {value}" for name, value in training.items()),
-            results=_results(results),
+            results=_results(results) + ("" if verdict is None else f"\n\n{verdict}"),
         ),
     )
 

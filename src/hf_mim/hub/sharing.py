@@ -4,7 +4,7 @@ from huggingface_hub import HfApi
 from transformers import Trainer
 
 # What only going on with the run needs; of several stages, whose last model is the run's, the stages.
-_LEFT_AT_HOME = ["_*", "checkpoint-*", "stage-*"]
+_LEFT_AT_HOME = ["_*", "checkpoint-*", "stage-*", "nonfinite/*"]
 
 
 def push_run(trainer: Trainer) -> None:

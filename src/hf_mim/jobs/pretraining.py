@@ -13,6 +13,7 @@ from ..data.image_processing import build_image_processor
 from ..data.loading import ImageSplits, check_images, load_images, resolve_mean_std, spread_indices
 from ..data.pretraining import PretrainingDataset, StreamingPretrainingDataset
 from ..data.transforms import PretrainingTransform
+from ..evaluation.appraisal import evidence_of, reconstruction_errors
 from ..evaluation.attentive_probe import evaluate_attentively
 from ..evaluation.dense import DENSE_PICTURE, annotated_maps, evaluate_dense, raw_patches
 from ..evaluation.encoders import FeatureEncoder, RawPixels
@@ -20,6 +21,7 @@ from ..evaluation.features import extract_features, labelled_splits, shared_labe
 from ..evaluation.online import OnlineEvaluation
 from ..evaluation.pictures import draw_loss_curves, draw_shares, label_rows
 from ..evaluation.report import RAW_PIXELS, described_tables, evaluate_features, text_table
+from ..evaluation.verdict import Verdict, judge
 from ..files import replacing, save_picture, write_json
 from ..hub.cards import write_card
 from ..hub.sharing import push_run
@@ -49,6 +51,7 @@ from ..training.stages import (
 )
 from ..training.trainable import add_encoder_lora, check_partial_pretraining, train_last_blocks
 from ..training.trainer import MIMTrainer
+from .verdicts import appraise, images_before, reference_of
 
 _NUM_SHOWN = 8
 
@@ -107,6 +110,7 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
         "image_mean": list(map(float, mean)),
         "image_std": list(map(float, std)),
     }
+    reference = reference_of(model_args, config.model_type)
     requested = False
     for stage in range(first, len(stages)):
         if stage > first:
@@ -132,6 +136,15 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
             optimizer_state=optimizer_state_of(stages[stage - 1]) if stage > 0 and args.keep_optimizer_state else None,
         )
         trainer.feature_evaluation = feature_evaluation
+        appraisal = appraise(
+            trainer,
+            pictures.validation,
+            held_out,
+            processor,
+            before=images_before(stages, stage),
+            reference=reference,
+            skip_broken=data_args.skip_broken_images,
+        )
         if stage == first:
             check_finished_stages(stages, first, trainer.run_record)
             if len(stages) == 1:
@@ -178,9 +191,21 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
     PartialState().wait_for_everyone()
     folders = {f"stage {stage}": args.output_dir for stage, args in enumerate(stages[:-1])}
     folders["trained"] = training_args.output_dir
-    results = evaluate(folders, config, pictures, processor, training_args)
+    seen = images_before(stages, len(stages) - 1) + trainer.state.global_step * args.effective_batch_size
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
+    errors = reconstruction_errors(model, held_out, bf16=args.bf16)
+    results = evaluate(
+        folders, config, pictures, processor, training_args, images_seen=seen, errors=errors, reference=reference(seen)
+    )
+    verdict = None
+    if results is not None:
+        verdict = Verdict(**results["verdict"])
+    elif appraisal is not None:
+        # Of a stream: without labels.
+        appraisal(model, trainer.state.global_step, trainer.state.max_steps)
+        verdict = appraisal.last
     if trainer.is_world_process_zero():
-        write_results(trainer, data_args, pictures, results, reconstructions.last_path, shares, stages)
+        write_results(trainer, data_args, pictures, results, verdict, reconstructions.last_path, shares, stages)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
         push_run(trainer)
@@ -280,6 +305,7 @@ def write_results(
     data_args,
     pictures: ImageSplits,
     results: dict | None,
+    verdict: Verdict | None,
     reconstructions: Path | None,
     shares: list[float] | None,
     stages: list[MIMTrainingArguments],
@@ -298,7 +324,9 @@ def write_results(
         drawn += [folder / DENSE_PICTURE] if "dense" in results else []
         say("\n" + format_results(results))
     name = trainer.args.hub_model_id or str(folder)
-    write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results)
+    write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results, verdict)
+    if verdict is not None:
+        say(f"\n{verdict}")
     load = f"AutoModel.from_pretrained({str(folder)!r})"
     if RECORDS[config.model_type].stock_hides:
         load = f"hf_mim.to_vit({load})"
@@ -307,10 +335,20 @@ def write_results(
         say("Pictures: " + ", ".join(str(path) for path in drawn))
 
 
-def evaluate(folders: dict[str, str], config, pictures: ImageSplits, processor, args) -> dict | None:
+def evaluate(
+    folders: dict[str, str],
+    config,
+    pictures: ImageSplits,
+    processor,
+    args,
+    *,
+    images_seen: int,
+    errors=None,
+    reference: str | None = None,
+) -> dict | None:
     """
     What raw pixels, the untrained network (`args.references`) and the saved ones (folders by name) are worth, for
-    every label.
+    every label; and the verdict on the last one, by `errors` (see [`reconstruction_errors`]) too.
 
     None where the training data is a stream, which cannot be gone through again. Each process takes its share.
     """
@@ -331,7 +369,17 @@ def evaluate(folders: dict[str, str], config, pictures: ImageSplits, processor, 
     how = {"num_workers": args.dataloader_num_workers, "bf16": args.bf16}
     features = [extract_features(encoders, split, processor, poolings, **how) for split in splits]
     labels = shared_labels(*splits, multi_label=True)
-    results = evaluate_features(*features, *labels)
+    answers: dict = {}
+    results = evaluate_features(*features, *labels, answers=answers)
+    evidence = evidence_of(
+        images_seen,
+        features[1]["trained"],
+        features[1].get("untrained"),
+        answers=answers.get("trained"),
+        untrained_answers=answers.get("untrained"),
+        errors=errors,
+    )
+    results |= {"verdict": judge(evidence, reference).to_dict()}
     encoders.pop(RAW_PIXELS, None)
     attentive = evaluate_attentively(encoders, *splits, *labels, processor, device=args.device, **how)
     results |= {"attentive": attentive}

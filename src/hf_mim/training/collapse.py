@@ -5,12 +5,12 @@ from transformers.utils import logging
 
 from ..evaluation.contrast import alignment, uniformity
 from ..evaluation.knn import rank_me
+from ..evaluation.verdict import has_collapsed
 
 logger = logging.get_logger(__name__)
 
 # Enough to tell a collapse, and soon computed.
 MAX_PICTURES = 1024
-_COLLAPSED = 0.1
 
 
 class CollapseWatch:
@@ -48,7 +48,7 @@ class CollapseWatch:
         self.last = {"alignment": alignment(first, second), "uniformity": uniformity(first), "rank_me": rank}
         if self.start is None:
             self.start = rank
-        elif rank < _COLLAPSED * self.start and not self.warned:
+        elif has_collapsed(rank, self.start) and not self.warned:
             self.warned = True
             if self.warns:
                 logger.warning(

@@ -103,7 +103,7 @@ class LossesMixin:
         """Raises NonFiniteLossError if a loss of any process was not finite since the start."""
         step = int(self.accelerator.gather(self.first_bad_step.reshape(1)).min())
         if step < NEVER:
-            self._stop_for(f"The loss of step {step} is not finite")
+            self._stop_for(f"The loss of step {step} is not finite", self.keep_step(step))
 
     def check_weights(self) -> None:
         """Raises NonFiniteLossError if a weight is not finite, which the loss would show one step later."""
@@ -115,11 +115,15 @@ class LossesMixin:
         if bad:
             self._stop_for(f"The weights after step {self.state.global_step} are not finite ({names[bad[0]]})")
 
-    def _stop_for(self, reason: str) -> None:
+    def keep_step(self, step: int) -> str:
+        """Keeps what is left of a step whose loss is not finite, and says where."""
+        return ""
+
+    def _stop_for(self, reason: str, where: str = "") -> None:
         checkpoint = last_whole_checkpoint(self.args.output_dir)
         kept = f"The last good checkpoint is {checkpoint}." if checkpoint else "No checkpoint had been written yet."
         raise NonFiniteLossError(
             f"{reason}, so nothing was saved since. {kept} Lower the learning rate (it was at most "
             f"{self.args.learning_rate:.2e}), lengthen the warm-up, clip gradients (--max_grad_norm 1), or train in "
-            "float32 (--bf16 false)."
+            f"float32 (--bf16 false).{where}"
         )

@@ -15,6 +15,7 @@ from .base_trainer import ViTTrainer
 from .callbacks import MIMCallback
 from .collapse import MAX_PICTURES, CollapseWatch
 from .datasets import prepare_evaluation, prepare_images
+from .nonfinite import NonFiniteKeeper
 
 
 class MIMTrainer(ViTTrainer):
@@ -88,8 +89,11 @@ class MIMTrainer(ViTTrainer):
         self.device_transform: PretrainingTransform | None = None
         # Called with the encoder at each evaluation; gives metrics by name.
         self.feature_evaluation: Callable[[nn.Module], dict[str, float]] | None = None
+        # Called after it with the model, the step and the number of steps; see `Appraisal`.
+        self.appraisal: Callable[[nn.Module, int, int], dict[str, float]] | None = None
         self.collapse_watch = CollapseWatch(warns=self.is_world_process_zero())
-        self.add_callback(_BeginWatch(self.collapse_watch))
+        self.nonfinite = NonFiniteKeeper(self)
+        self.add_callback(_BeginWatch(self.collapse_watch, self.nonfinite))
         self.is_pairwise = getattr(model, "pairwise_loss", False)
         if self.args.contrastive_chunk_size is not None:
             if not self.is_pairwise:
@@ -171,6 +175,15 @@ class MIMTrainer(ViTTrainer):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
         return optimizer
 
+    def forward_loss(self, model, inputs, num_items_in_batch):
+        states = self.nonfinite.before() if model.training else None
+        loss, outputs = super().forward_loss(model, inputs, num_items_in_batch)
+        self.nonfinite.after(inputs, outputs, loss, states)
+        return loss, outputs
+
+    def keep_step(self, step: int) -> str:
+        return self.nonfinite.keep(step)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if inputs["pixel_values"].dtype == torch.uint8 and self.device_transform is not None:
             inputs = inputs | {"pixel_values": self.device_transform.normalise(inputs["pixel_values"])}
@@ -194,6 +207,10 @@ class MIMTrainer(ViTTrainer):
             model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             for name, value in self.feature_evaluation(model.encoder).items():
                 output.metrics[f"{metric_key_prefix}_{name}"] = value
+        if self.appraisal is not None:
+            model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+            numbers = self.appraisal(model, self.state.global_step, self.state.max_steps)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in numbers.items()})
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -209,10 +226,11 @@ def _is_ours(callback) -> bool:
 
 
 class _BeginWatch(TrainerCallback):
-    """Starts the watch anew with each training."""
+    """Starts what watches a training anew with each."""
 
-    def __init__(self, watch: CollapseWatch):
-        self.watch = watch
+    def __init__(self, watch: CollapseWatch, nonfinite: NonFiniteKeeper):
+        self.watch, self.nonfinite = watch, nonfinite
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.watch.begin(state.log_history)
+        self.nonfinite.begin()
