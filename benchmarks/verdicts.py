@@ -4,7 +4,7 @@ Verdicts on runs that are broken on purpose, and on healthy ones.
     python benchmarks/verdicts.py --cifar10 /path/to/cifar10
     python benchmarks/verdicts.py --judge
 
-Each case trains the preset tiny of a method on 10,000 photographs of CIFAR-10 for 12,800 images (a minute or two on
+Each case trains the preset tiny of a method on 10,000 photographs of CIFAR-10 for 10,240 images (about a minute on
 one core), and asks for the verdict twice: with labels (k-NN and linear accuracy on 2,000 + 1,000 pictures of the
 training split, beside the untrained network) and without. What was measured is kept in `--runs`; `--judge` gives the
 verdicts anew without training. Results: `results/verdicts.json`.
@@ -37,7 +37,7 @@ from hf_mim.training.presets import preset_training
 
 RESULTS = Path(__file__).parent / "results" / "verdicts.json"
 MEAN, STD = [0.49, 0.48, 0.45], [0.25, 0.24, 0.26]
-STEPS, BATCH_SIZE = 100, 128
+STEPS, BATCH_SIZE = 80, 128
 NUM_TRAIN, NUM_LABELLED, NUM_TEST = 10_000, 2_000, 1_000
 
 # (method, fields of the config, arguments of the training, what is done to the pictures).
@@ -46,7 +46,6 @@ HEALTHY = {
     "PiLaMIM": ("pilamim", {}, {}, None),
     "OCL": ("ocl", {}, {}, None),
     "MAE, normalised targets": ("vit_mae", {"norm_pix_loss": True}, {}, None),
-    "PiLaMIM, another seed": ("pilamim", {}, {"seed": 1}, None),
     "dBOT": ("dbot", {}, {}, None),
 }
 BROKEN = {

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from ..data.dataset import ImageDataset
+from ..data.loading import spread_indices
 from ..models.vit.sizes import as_pair
 from .encoders import FeatureEncoder
 from .features import extract_features
@@ -120,7 +121,7 @@ def reconstruction_errors(
 
     Args:
         model: In eval mode, with `reconstruct`.
-        dataset: `dataset[0, i]` has `pixel_values` and `noise`; the first 512 are taken.
+        dataset: `dataset[0, i]` has `pixel_values` and `noise`; 512 of them are taken, spread over all.
         bf16 (`bool`, defaults to False): Run it in bfloat16 autocast.
 
     Returns:
@@ -128,9 +129,9 @@ def reconstruction_errors(
     """
     device = next(model.parameters()).device
     parts = []
-    number = min(len(dataset), MAX_RECONSTRUCTED)
-    for start in range(0, number, batch_size):
-        items = [dataset[0, index] for index in range(start, min(start + batch_size, number))]
+    indices = spread_indices(len(dataset), MAX_RECONSTRUCTED)
+    for start in range(0, len(indices), batch_size):
+        items = [dataset[0, index] for index in indices[start : start + batch_size]]
         pixels, noise = (torch.stack([item[name] for item in items]).to(device) for name in ("pixel_values", "noise"))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             found = model.reconstruct(pixels, noise)

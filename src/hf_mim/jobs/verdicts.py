@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from ..data.dataset import ImageDataset
-from ..data.loading import without_broken
+from ..data.loading import spread_indices, without_broken
 from ..evaluation.appraisal import MAX_PICTURES, Appraisal
 from ..evaluation.verdict import describe_reference, read_curves
 from ..training.arguments import MIMTrainingArguments
@@ -51,7 +51,7 @@ def appraise(
     args = trainer.args
     if args.fsdp_plugin_args is not None:
         return None
-    pictures = pictures.select(list(range(min(len(pictures), MAX_PICTURES))))
+    pictures = pictures.select(spread_indices(len(pictures), MAX_PICTURES))
     trainer.appraisal = Appraisal(
         without_broken(pictures) if skip_broken else pictures,
         held_out,
