@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hf_mim
+from golden import SHARED
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.loading import ImageSplits
@@ -38,6 +39,7 @@ from tiny_training import FLAGS, REPOSITORY, SIZES, pictures, tiny_config, tiny_
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 import reference_curves  # noqa: E402
+import verdicts  # noqa: E402
 
 
 def told(share: float, number: int = 1000) -> np.ndarray:
@@ -313,3 +315,17 @@ def test_a_run_says_its_verdict(tmp_path, capsys):
     logged = [log for log in history if "eval_loss" in log]
     numbers = {"eval_feature_rank_me", "eval_feature_spread", "eval_error_saved"}
     assert logged and all(numbers <= set(log) for log in logged)
+
+
+@pytest.mark.slow
+def test_the_benchmark_measures_photographs(tmp_path, monkeypatch, capsys):
+    """Two steps of a healthy case and of one with constant pictures, which only its pictures give away."""
+    cifar10 = SHARED / "data" / "cifar10"
+    if not cifar10.is_dir():
+        pytest.skip(f"no photographs in {cifar10}; set HF_MIM_SHARED")
+    for name, value in {"STEPS": 2, "BATCH_SIZE": 16, "NUM_TRAIN": 200, "NUM_LABELLED": 100, "NUM_TEST": 60}.items():
+        monkeypatch.setattr(verdicts, name, value)
+    verdicts.main([f"--cifar10={cifar10}", f"--runs={tmp_path}", "--cases", "MAE", "MAE, constant images"])
+    said = capsys.readouterr().out
+    assert "MAE, with labels: right. Verdict: " in said
+    assert "MAE, constant images, with labels: right. Verdict: no better than untrained." in said
