@@ -78,13 +78,19 @@ class TestJudge:
         task = {"errors": 0.6 * colour, "mean_colour_errors": colour}
         assert judge(evidence(0.30, 0.30, images=50_000, **task)).verdict == TOO_EARLY
         assert judge(evidence(0.30, 0.30, images=10**6, **task)).verdict == UNTRAINED
+        ranks = {"rank_me": {"mean": 50.0}, "untrained_rank_me": {"mean": 20.0}}
+        assert judge(evidence(0.30, 0.30, images=50_000, **ranks)).verdict == TOO_EARLY
+        ranks["rank_me"]["mean"] = 10.0
+        assert judge(evidence(0.30, 0.30, images=50_000, **ranks)).verdict == UNTRAINED
 
     def test_collapse_comes_first(self):
         ranks = {"rank_me": {"[CLS]": 1.5}, "untrained_rank_me": {"[CLS]": 30.0}}
         found = judge(evidence(0.45, 0.30, **ranks))
         assert found.verdict == COLLAPSING and "RankMe of [CLS] features is 1.5, untrained 30" in found.number
-        spread = {"spread": {"mean": 0.01}, "untrained_spread": {"mean": 0.3}}
+        spread = {"spread": {"mean": 0.09}, "untrained_spread": {"mean": 0.3}}
         assert judge(evidence(0.45, 0.30, **spread)).verdict == COLLAPSING
+        spread["spread"]["mean"] = 0.2
+        assert judge(evidence(0.45, 0.30, **spread)).verdict == LEARNING
         alike = {"spread": {"mean": 0.0}, "untrained_spread": {"mean": 1e-6}}
         found = judge(evidence(0.1, 0.1, **alike))
         assert found.verdict == UNTRAINED and "hf_mim check" in found.advice

@@ -15,9 +15,11 @@ TOO_EARLY = "too early to say"
 UNTRAINED = "no better than untrained"
 COLLAPSING = "collapsing"
 
-# Features that use under a tenth of what they used untrained have collapsed; so have those of pictures that are told
-# apart by under a tenth of what they were.
-_COLLAPSED = 0.1
+# Features have collapsed whose RankMe is under a tenth of what it was untrained (healthy methods go down to a third),
+# or whose spread over pictures is under a third (healthy ones keep three quarters and more).
+_COLLAPSED_RANK, _COLLAPSED_SPREAD = 0.1, 1 / 3
+# The task is being learnt where RankMe is so many times what it was.
+_RANK_RISES = 1.5
 # Below, pictures are alike to the last digits that bfloat16 has.
 _ALIKE = 1e-3
 # A reconstruction has to be better than the mean colour by so much of its error.
@@ -47,9 +49,9 @@ _TRY_OF_UNTRAINED = {
 }
 
 
-def has_collapsed(value: float, first: float) -> bool:
-    """Whether RankMe, or the spread of features, has fallen under a tenth of what it was untrained."""
-    return value < _COLLAPSED * first
+def has_collapsed(rank: float, first: float) -> bool:
+    """Whether RankMe has fallen under a tenth of what it was untrained."""
+    return rank < _COLLAPSED_RANK * first
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,8 @@ def judge(evidence: Evidence, reference: str | None = None) -> Verdict:
             compared = f"The {kind} of {pooling} features is {value:.3g}, untrained {before[pooling]:.3g}"
             if kind != "RankMe" and before[pooling] < _ALIKE:
                 return say(UNTRAINED, compared, "pictures", value)
-            if has_collapsed(value, before[pooling]):
+            spread_is_lost = kind != "RankMe" and value < _COLLAPSED_SPREAD * before[pooling]
+            if spread_is_lost or (kind == "RankMe" and has_collapsed(value, before[pooling])):
                 return say(COLLAPSING, compared, None, value)
     early = evidence.images_seen < _EARLY_IMAGES or evidence.progress < _EARLY_PROGRESS
     skill = None
@@ -198,7 +201,11 @@ def judge(evidence: Evidence, reference: str | None = None) -> Verdict:
         if low_gain > 0:
             return say(LEARNING, compared, None, *numbers)
         # What is learnt of the task shows before the labels do.
-        if early or (skill is not None and low > _SKILL and evidence.images_seen < _EARLY_FOR_LABELS):
+        is_learning_its_task = (skill is not None and low > _SKILL) or any(
+            value > _RANK_RISES * evidence.untrained_rank_me.get(pooling, np.inf)
+            for pooling, value in evidence.rank_me.items()
+        )
+        if early or (is_learning_its_task and evidence.images_seen < _EARLY_FOR_LABELS):
             return say(TOO_EARLY, compared, None, *numbers)
         return say(UNTRAINED, compared, "labels", *numbers)
     if skill is not None:

@@ -241,6 +241,7 @@ _TITLES = {
     "SegmentationArguments": "Training and evaluation",
     "ProbeArguments": "The probe",
     "ReportArguments": "The report",
+    "ReplayArguments": "The replay",
     "CheckArguments": "The check",
     "ConvertArguments": "The checkpoint",
     "EmbedArguments": "The table",

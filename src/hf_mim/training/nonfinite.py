@@ -108,7 +108,9 @@ class NonFiniteKeeper:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(step, {}, has_state=False)
         run = Path(self.trainer.args.output_dir)
-        if self._kept and (self.folder / MODEL).is_dir():
+        if self.trainer.is_fsdp_enabled:
+            return f" Which pictures it saw is in {self.folder / STEP}."
+        if self._kept:
             return f" What the step began with is in {self.folder}: `hf_mim replay {run}` does it again."
         return f" The same command again goes the same way, and keeps in {run / FOLDER} what that step begins with."
 
