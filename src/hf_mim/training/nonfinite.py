@@ -53,6 +53,12 @@ class NonFiniteKeeper:
         folder = Path(args.output_dir) / FOLDER
         return folder / f"process-{args.process_index}" if args.world_size > 1 else folder
 
+    @property
+    def keeps_weights(self) -> bool:
+        """False where no process has them all (FSDP), and of low-rank updates, which are no part of the config."""
+        names = (name for name, _ in self.trainer.model.named_parameters())
+        return not self.trainer.is_fsdp_enabled and not any("lora_" in name for name in names)
+
     def begin(self) -> None:
         """Before a training: what an earlier one left is forgotten, if this one starts from zero."""
         self._kept, self._step = False, 0
@@ -92,7 +98,7 @@ class NonFiniteKeeper:
         batch = {name: value.detach().contiguous().cpu() for name, value in inputs.items() if torch.is_tensor(value)}
         save_file(batch, folder / BATCH)
         torch.save(states, folder / RANDOM)
-        if not trainer.is_fsdp_enabled:
+        if self.keeps_weights:
             model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
             # Under the names of the modules, which all methods find again.
             model.save_pretrained(folder / MODEL, save_original_format=False)
@@ -100,7 +106,7 @@ class NonFiniteKeeper:
                 torch.save(trainer.optimizer.state_dict(), temporary)
         losses = {name: value for name, value in outputs.items() if name.startswith("loss_")}
         # Last: what is named there is there.
-        self._write(trainer.state.global_step + 1, {"loss": loss} | losses, has_state=not trainer.is_fsdp_enabled)
+        self._write(trainer.state.global_step + 1, {"loss": loss} | losses, has_state=self.keeps_weights)
 
     def keep(self, step: int) -> str:
         """Says where what is kept of a step lies; where its losses were not read, notes that there is such a step."""
@@ -108,7 +114,7 @@ class NonFiniteKeeper:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._write(step, {}, has_state=False)
         run = Path(self.trainer.args.output_dir)
-        if self.trainer.is_fsdp_enabled:
+        if not self.keeps_weights:
             return f" Which pictures it saw is in {self.folder / STEP}."
         if self._kept:
             return f" What the step began with is in {self.folder}: `hf_mim replay {run}` does it again."
