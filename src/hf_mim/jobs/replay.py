@@ -97,7 +97,8 @@ def find_steps(run: str | Path) -> list[Path]:
         raise ValueError(
             f"{found[0].parent} names step {kept['step']}, and not the state that it began with: on {kept['device']} "
             "losses are read only when they are logged. Start the training's command again: it goes the same way from "
-            f"{kept['checkpoint'] or 'the start'}, and keeps the state. (Under FSDP and of low-rank updates it is not kept.)"
+            f"{kept['checkpoint'] or 'the start'}, and keeps the state. (Not under FSDP, nor "
+            "of low-rank updates.)"
         )
     return whole
 
