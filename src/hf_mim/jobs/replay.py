@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from ..registry import method_class
-from ..training.command import parse_arguments, say
+from ..training.command import name_words, parse_arguments, say
 from ..training.errors import run_job
 from ..training.nonfinite import BATCH, FOLDER, MODEL, RANDOM, STEP
 
@@ -57,9 +57,8 @@ class Replay:
 
 def main(argv: list[str] | None = None) -> int:
     """`hf_mim replay RUN`. Returns 0 where the losses are those of the run, else 1."""
-    if argv and not argv[0].startswith("-") and not argv[0].endswith((".json", ".yaml", ".yml")):
-        argv = [f"--run={argv[0]}", *argv[1:]]
-    return run_job(lambda: report(*parse_arguments((ReplayArguments,), argv, presets={})))
+    words = name_words(argv, "run")
+    return run_job(lambda: report(*parse_arguments((ReplayArguments,), words, presets={})))
 
 
 def report(args: ReplayArguments) -> int:
