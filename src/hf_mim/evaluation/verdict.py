@@ -201,7 +201,7 @@ def judge(evidence: Evidence, reference: str | None = None) -> Verdict:
         if low_gain > 0:
             return say(LEARNING, compared, None, *numbers)
         # What is learnt of the task shows before the labels do.
-        is_learning_its_task = (skill is not None and low > _SKILL) or any(
+        is_learning_its_task = (skill is not None and low > 0) or any(
             value > _RANK_RISES * evidence.untrained_rank_me.get(pooling, np.inf)
             for pooling, value in evidence.rank_me.items()
         )
