@@ -226,8 +226,8 @@ class Appraisal:
         """Features by pooling, and answers."""
         if self.feature_evaluation is not None:
             return self.feature_evaluation.measure(encoder)[1:]
-        encoders = {"": FeatureEncoder(encoder)}
-        return extract_features(encoders, self.pictures, self.processor, ["cls", "mean"], **self.how)[""], {}
+        network = FeatureEncoder(encoder)
+        return extract_features({"": network}, self.pictures, self.processor, network.poolings, **self.how)[""], {}
 
 
 def untrained_like(model, seed: int):
