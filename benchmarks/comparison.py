@@ -236,8 +236,7 @@ def pretrain(cell: Cell, args) -> list[dict]:
     flags += [f"--max_steps={steps}"]
     # Raw pixels are the same in every method's cell; as the untrained network MAE's draw stands for all.
     flags += [] if cell.method == "MAE" else ["--references=false"]
-    points = {max(1, round(point * steps * stages)) for point in data.points if point < 1}
-    every = max(1, round(min(data.points) * steps * stages))
+    every, points = curve(data.points, steps * stages)
     flags += ["--save_strategy=steps", f"--save_steps={every}", f"--save_total_limit={max(2, 16 // stages + 1)}"]
     folder = cell.folder(args)
     run("run_mim.py", [*flags, f"--output_dir={folder}"], args)
@@ -268,6 +267,12 @@ def pretrain(cell: Cell, args) -> list[dict]:
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return rows
+
+
+def curve(points: tuple[float, ...], steps: int) -> tuple[int, set[int]]:
+    """Every how many steps there is a checkpoint, and those of the checkpoints that are looked at."""
+    every = max(1, round(min(points) * steps))
+    return every, {every * round(point / min(points)) for point in points if point < 1}
 
 
 def images_per_second(folder: Path) -> float:

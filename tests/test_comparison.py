@@ -135,6 +135,13 @@ class TestCells:
         for place, cell in enumerate(cells):
             assert cell.needs() is None or cell.needs() in cells[:place], cell.name
 
+    @pytest.mark.parametrize("steps", [7812, 16, 1953, 8])
+    def test_what_is_looked_at_is_a_checkpoint(self, steps):
+        every, points = comparison.curve(comparison.DATA["cifar10"].points, steps)
+        assert {step % every for step in points} == {0} and len(points) == 4
+        assert max(points) == pytest.approx(steps / 2, abs=8 if steps > 8 else 4)
+        assert comparison.curve((1.0,), steps) == (steps, set())
+
     def test_numbers_of_features_json(self):
         scored = {"knn": {"a": 1.0}, "linear": {"a": 2.0}, "rank_me": 3.0}
         features = {"raw pixels": scored | {"rank_me": None}, "trained, [CLS]": scored, "stage 0, mean": scored}
