@@ -50,7 +50,9 @@ def test_the_last_blocks_alone(method):
         assert parameter.grad is None or parameter.requires_grad, name
     assert all(p.grad is not None for n, p in model.encoder.named_parameters() if n in names and "cls" not in n)
     # What is not the encoder's is trained as ever.
-    assert method == "ocl" or any(p.requires_grad for n, p in model.named_parameters() if "decoder" in n)
+    rest = [p.requires_grad for n, p in model.named_parameters() if n.startswith(("decoder", "predictor"))]
+    rest += [p.requires_grad for n, p in model.named_parameters() if "_decoder." in n]
+    assert method == "ocl" or any(rest)
 
 
 @pytest.mark.parametrize("method", [*TINY, "vit_mae"])

@@ -82,7 +82,7 @@ def test_data_set_of_the_hub(hub, tmp_path):
     flags = [*FLAGS, "--dataset_name=me/pictures", "--max_steps=2"]
     run_at(hub, tmp_path / "home", RUN_MIM, *flags, f"--output_dir={tmp_path / 'whole'}", "--validation_fraction=0.2")
     assert json.loads((tmp_path / "whole" / "features.json").read_text())
-    run(
+    run_at(
         hub,
         tmp_path / "home2",
         RUN_MIM,

@@ -13,7 +13,7 @@ from hf_mim.jobs.pretraining import main
 from hf_mim.models.vit.encoders import encoder_from
 from hf_mim.models.vit_mae.configuration_vit_mae import ViTMAEConfig
 from hf_mim.models.vit_mae.modeling_vit_mae import ViTMAEForPreTraining, ViTMAEModel
-from hf_mim.registry import method_class, method_module
+from hf_mim.registry import method_class
 from hf_mim.training.trainer import MIMTrainer
 from tiny import scrambled, slow_position_table
 from tiny_training import FLAGS, RUN_MIM, SIZES, losses, run, tiny_config, write_pictures
@@ -155,7 +155,7 @@ class TestModel:
         assert type(AutoConfig.from_pretrained(tmp_path)) is transformers.ViTMAEConfig
         assert method_class("vit_mae", "Model") is ViTMAEModel
         with pytest.raises(ValueError, match="vit_mae"):
-            method_module("vit_mae", "convert")
+            method_class("vit_mae", "ForImageClassification")
 
     def test_exports(self, tmp_path):
         model = scrambled(build())

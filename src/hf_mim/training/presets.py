@@ -9,7 +9,7 @@ _TINY_TRAINING = {
     # Of the same images, steps of 64 teach more than steps of 128 (MAE and PiLaMIM; benchmarks/LOG.md).
     "per_device_train_batch_size": 64,
     "base_learning_rate": 4e-3,
-    "logging_steps": 50,
+    "logging_steps": 25,
     "save_strategy": "epoch",
 }
 
