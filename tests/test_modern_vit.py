@@ -28,10 +28,8 @@ def encoder():
 
 
 def test_rotary_positions_are_those_of_dinov3():
-    config = DINOv3ViTConfig(
-        hidden_size=48, num_attention_heads=3, image_size=(32, 48), patch_size=(8, 4), rope_theta=50.0
-    )
-    expected = DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(1, 3, 40, 24))
+    config = DINOv3ViTConfig(hidden_size=48, num_attention_heads=3, image_size=32, patch_size=8, rope_theta=50.0)
+    expected = DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(1, 3, 40, 48))
     for ours, theirs in zip(rotary_table((5, 6), 16, 50.0, None, "cpu"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 

@@ -65,10 +65,10 @@ def sliding_logits(model: nn.Module, pixel_values: torch.Tensor, window: tuple[i
     total, counts = 0.0, pixel_values.new_zeros(height, width)
     for top in window_starts(height, rows, max(1, 2 * rows // 3)):
         for left in window_starts(width, columns, max(1, 2 * columns // 3)):
-            part = slice(top, top + rows), slice(left, left + columns)
-            logits = upsample_logits(model(pixel_values[None, :, *part]).logits, window)[0]
+            part = ..., slice(top, top + rows), slice(left, left + columns)
+            logits = upsample_logits(model(pixel_values[part].unsqueeze(0)).logits, window)[0]
             if counts.sum() == 0:
                 total = logits.new_zeros(len(logits), height, width)
-            total[:, *part] += logits
+            total[part] += logits
             counts[part] += 1
     return total / counts

@@ -254,7 +254,11 @@ def _filled(exported: PreTrainedModel, encoder: MaskedViTModel) -> PreTrainedMod
     for name in state:
         ours = layout.ours(name)
         if ours in weights:
-            state[name] = weights.pop(ours).reshape(state[name].shape)
+            weight = weights.pop(ours)
+            if len(state[name]) == 2 * len(weight):
+                # Older DINOv2s of transformers have the gate and what it gates as one map.
+                weight = torch.cat((weights.pop(ours.replace("mlp.fc1", "mlp.gate")), weight))
+            state[name] = weight.reshape(state[name].shape)
         elif name.endswith(".bias"):
             # A map without a bias is one with zeros.
             state[name] = torch.zeros_like(state[name])
