@@ -243,6 +243,8 @@ def run_folder(tmp_path):
 
 
 def refused(capsys, *words) -> str:
+    # What saving the model has said.
+    capsys.readouterr()
     assert main(["export", *map(str, words)]) == 1
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("Error: ")
