@@ -20,6 +20,7 @@ from .encoders import FeatureEncoder
 from .knn import knn_predict
 from .linear import fit_linear
 from .pictures import to_rgb, unnormalise
+from .segmentation import Confusion
 
 MASK, DEPTH = "mask", "depth"
 # The sheet of pictures in a run's folder.
@@ -248,7 +249,7 @@ class _Judge:
         self.num_classes, self.mean_depth, self.device = num_classes, mean_depth, device
         features = sample["features"].to(device)
         self.is_finite = bool(features.isfinite().all())
-        self.confusion = {kind: torch.zeros(num_classes, num_classes, dtype=torch.int64) for kind in ("knn", "linear")}
+        self.confusion = {kind: Confusion(num_classes) for kind in ("knn", "linear")}
         # Of depths: squared distances from what is told, and from the mean; right within a factor of 1.25; all.
         self.sums = torch.zeros(4, dtype=torch.float64)
         self.queries = _KNN_QUERIES
@@ -288,11 +289,7 @@ class _Judge:
                 for row, truth in enumerate(batch[MASK].long()):
                     # One picture's logits at a time.
                     found = _at_pixels(values[row : row + 1], truth.shape)[0].argmax(dim=0).cpu()
-                    known = (truth >= 0) & (truth < self.num_classes)
-                    pairs = truth[known] * self.num_classes + found[known]
-                    self.confusion[kind] += torch.bincount(pairs, minlength=self.num_classes**2).view(
-                        self.num_classes, -1
-                    )
+                    self.confusion[kind].add(truth, found)
                     if kind == "linear" and row < num_shown:
                         told[row][MASK] = found
         if DEPTH in batch:
@@ -317,13 +314,8 @@ class _Judge:
         for kind, confusion in self.confusion.items():
             if not self.num_classes:
                 continue
-            met = confusion.diag().double()
-            union = confusion.sum(dim=0) + confusion.sum(dim=1) - met
-            iou = [
-                100 * part if all_ else None for part, all_ in zip((met / union).tolist(), union.tolist(), strict=True)
-            ]
-            there = [value for value in iou if value is not None]
-            scores |= {f"{kind}_miou": sum(there) / max(1, len(there)), f"{kind}_iou": iou}
+            counted = confusion.scores()
+            scores |= {f"{kind}_miou": counted["miou"], f"{kind}_iou": counted["iou"]}
         if self.mean_depth is not None:
             error, spread, right, number = self.sums.tolist()
             number = max(number, 1)
