@@ -1,6 +1,7 @@
 """From flags to pictures: every kind of source, what is held out, and what an error says."""
 
 import gzip
+import itertools
 import json
 import os
 import pickle
@@ -803,6 +804,27 @@ def test_streaming_over_processes_and_workers(tmp_path, num_workers):
         for _ in range(2):
             found += (next(batches)["pixel_values"].mean(dim=(1, 2, 3)) * 255).round().int().tolist()
     assert sorted(found) == list(range(12))
+
+
+def test_a_worker_that_is_a_pass_ahead_does_not_change_the_order_of_another(tmp_path, monkeypatch):
+    make_parquet(tmp_path / "data")
+    pictures = load_images(args(dataset_name=tmp_path / "data", streaming=True)).train
+    transform = PretrainingTransform((8, 8), 4, [0.0] * 3, [1.0] * 3)
+    dataset = StreamingPretrainingDataset(pictures, transform, rank=1, num_processes=2)
+
+    def one_pass():
+        items = itertools.islice(iter(dataset), 6)
+        return [round(float(item["pixel_values"].mean()) * 255) for item in items]
+
+    expected = one_pass()
+    set_epoch = ImageStream.set_epoch
+
+    def and_another_goes_ahead(self, epoch):
+        set_epoch(self, epoch)
+        dataset.pictures.stream.set_epoch(epoch + 3)
+
+    monkeypatch.setattr(ImageStream, "set_epoch", and_another_goes_ahead)
+    assert one_pass() == expected
 
 
 def test_streaming_leaves_out_broken_pictures(tmp_path):

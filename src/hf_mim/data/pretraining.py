@@ -129,11 +129,14 @@ class StreamingPretrainingDataset(IterableDataset):
         worker_id, num_workers = (worker.id, worker.num_workers) if worker else (0, 1)
         stream = self.rank * num_workers + worker_id
         num_streams = self.num_processes * num_workers
+        # A stream of its own: `datasets` keeps a stream's epoch in memory that all workers share, and one that is a
+        # pass ahead would change the order, and so the share, of the others.
+        pictures = self.pictures.shard(1, 0)
         epoch = 0
         while True:
-            self.pictures.set_epoch(epoch)
+            pictures.set_epoch(epoch)
             place = -1
-            for place, picture in enumerate(self.pictures):
+            for place, picture in enumerate(pictures):
                 yield self.transform(picture, epoch, place * num_streams + stream)
             if place < 0:  # a worker that has no share, where there are more workers than files
                 if worker is None:
