@@ -225,5 +225,5 @@ def test_masks_of_a_column(tmp_path):
     assert (len(train), len(validation), names) == (3, 1, ["0", "1"])
     item = train.annotated(1, ["mask"])
     assert torch.equal(item["mask"] * 50, item["image"][0])
-    with pytest.raises(ValueError, match="no column parts; it has image, mask"):
+    with pytest.raises(ValueError, match="no column parts; it has image, mask. Name it by --mask_column_name"):
         load_masked(data, MaskArguments(mask_column_name="parts"), 0)

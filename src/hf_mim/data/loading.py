@@ -41,9 +41,9 @@ def load_images(args: DataArguments, *, seed: int = 0) -> ImageSplits:
     if len(train) == 0:
         raise ValueError(f"{train.source} is empty: there is nothing to train on.")
     if validation is None:
-        train, validation = _hold_out(train, args.validation_fraction)
-    train = _subset(train, args.max_train_samples)
-    return ImageSplits(train, _subset(validation, args.max_eval_samples))
+        train, validation = hold_out(train, args.validation_fraction)
+    train = subset(train, args.max_train_samples)
+    return ImageSplits(train, subset(validation, args.max_eval_samples))
 
 
 def load_all_images(args: DataArguments) -> ImageDataset:
@@ -55,7 +55,7 @@ def load_all_images(args: DataArguments) -> ImageDataset:
     pictures, _ = _open_splits(args, seed=0)
     if len(pictures) == 0:
         raise ValueError(f"{pictures.source} is empty.")
-    return _subset(pictures, args.max_train_samples)
+    return subset(pictures, args.max_train_samples)
 
 
 def _open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
@@ -70,7 +70,13 @@ def _open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageSt
     return splits
 
 
-def _hold_out(pictures: ImageDataset, fraction: float) -> tuple[ImageDataset, ImageDataset]:
+def hold_out(pictures: ImageDataset, fraction: float) -> tuple[ImageDataset, ImageDataset]:
+    """
+    The pictures to train on, and that share of them (at least one) to hold out: the same each time, from anywhere.
+
+    Raises:
+        ValueError: there is one picture only.
+    """
     if len(pictures) < 2:
         raise ValueError(f"{pictures.source} has 1 picture, and no split to hold out: expected at least 2.")
     order = _fixed_order(len(pictures))
@@ -78,7 +84,8 @@ def _hold_out(pictures: ImageDataset, fraction: float) -> tuple[ImageDataset, Im
     return pictures.select(np.sort(order[num_held_out:])), pictures.select(np.sort(order[:num_held_out]))
 
 
-def _subset(pictures: ImageDataset, num: int | None) -> ImageDataset:
+def subset(pictures: ImageDataset, num: int | None) -> ImageDataset:
+    """`num` of the pictures (all, where None or more than there are), the same each time, from anywhere, in order."""
     if num is None or num >= len(pictures):
         return pictures
     return pictures.select(np.sort(_fixed_order(len(pictures))[:num]))

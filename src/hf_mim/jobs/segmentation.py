@@ -11,7 +11,7 @@ from transformers import set_seed
 
 from ..data.arguments import DataArguments
 from ..data.image_processing import MIMImageProcessor
-from ..data.loading import _hold_out, _subset, check_images, load_images, resolve_mean_std, spread_indices
+from ..data.loading import check_images, hold_out, load_images, resolve_mean_std, spread_indices, subset
 from ..data.segmentation import (
     MaskArguments,
     Masks,
@@ -21,7 +21,7 @@ from ..data.segmentation import (
     add_masks,
     check_masks,
 )
-from ..data.sources.datasets import _Column, _undecoded
+from ..data.sources.datasets import sibling_column
 from ..data.sources.folder import check_folder, from_folder
 from ..evaluation.dense import class_colours
 from ..evaluation.pictures import draw_loss_curves, label_rows, to_rgb, unnormalise
@@ -224,7 +224,10 @@ def load_masked(data_args: DataArguments, mask_args: MaskArguments, seed: int):
         train, validation = pictures.train, pictures.validation
         if data_args.dataset_name:
             for split in (train, validation):
-                _add_column(split, mask_args)
+                column = sibling_column(
+                    split, mask_args.mask_column_name, ["mask", "label", "annotation"], "--mask_column_name"
+                )
+                split.annotations["mask"] = Masks(column, mask_args)
         elif mask_args.reduce_labels:
             raise ValueError("--reduce_labels is of masks of your own; the scenes' begin with class 0.")
     for split in (train, validation):
@@ -252,22 +255,8 @@ def _of_folders(data_args, mask_args):
         split.max_image_pixels = data_args.max_image_pixels
         split.labels = {}
         add_masks(split, check_folder(folder), mask_args)
-    train, validation = (train, held_out[0]) if held_out else _hold_out(train, data_args.validation_fraction)
-    return _subset(train, data_args.max_train_samples), _subset(validation, data_args.max_eval_samples)
-
-
-def _add_column(pictures, mask_args) -> None:
-    column = getattr(pictures._values, "whole", None)
-    if column is None:
-        raise ValueError(f"{pictures.source} has no columns to read masks of: use --train_dir and --train_mask_dir.")
-    wanted = [mask_args.mask_column_name] if mask_args.mask_column_name else ["mask", "label", "annotation"]
-    found = [name for name in wanted if name in column.features]
-    if not found:
-        raise ValueError(
-            f"{pictures.source} has no column {' or '.join(wanted)}; it has {', '.join(column.features)}. Name the "
-            "masks' by --mask_column_name."
-        )
-    pictures.annotations["mask"] = Masks(_Column(_undecoded(column, found[0]), found[0]), mask_args)
+    train, validation = (train, held_out[0]) if held_out else hold_out(train, data_args.validation_fraction)
+    return subset(train, data_args.max_train_samples), subset(validation, data_args.max_eval_samples)
 
 
 def draw_segmentation(trainer, mean, std, names) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,32 @@ def from_datasets(
     }
 
 
+def sibling_column(pictures: ImageDataset, wanted: str | None, usual: list[str], flag: str) -> Sequence:
+    """
+    Another column of the data set that pictures are of, by its row, as `annotations` has them. Pictures in it are as
+    they are stored.
+
+    Args:
+        wanted (`str`, *optional*): Its name.
+        usual (`list[str]`): The names to look for, in this order, where None is wanted.
+        flag (`str`): By which a user names it, for the message.
+
+    Raises:
+        ValueError: The pictures are of no data set with columns, or it has no such column.
+    """
+    rows = getattr(pictures._values, "rows", None)
+    if rows is None:
+        raise ValueError(f"{pictures.source} has no columns to read: {flag} is of a data set of `datasets`.")
+    names = usual if wanted is None else [wanted]
+    found = next((name for name in names if name in rows.features), None)
+    if found is None:
+        raise ValueError(
+            f"{pictures.source} has no column {' or '.join(names)}; it has {', '.join(rows.features)}. Name it by "
+            f"{flag}."
+        )
+    return _Column(_undecoded(rows, found), found)
+
+
 def from_stream(
     split,
     num_channels: int,
@@ -288,8 +315,8 @@ class _Column:
 
     def __init__(self, dataset, column: str):
         self.column = column
-        # Masks are in a column of their own.
-        self.whole = dataset
+        # All columns: `sibling_column` reads another one.
+        self.rows = dataset
         self.dataset = dataset.select_columns([column])
         dtype = _number_type(dataset.features[column])
         if dtype is not None:  # or else every integer would come as int64
