@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -16,8 +17,7 @@ from hf_mim.data.sources.clevr import clevr_tasks
 from hf_mim.evaluation.linear_probe import LinearProbe, learning_rate_factor, train_probes
 from hf_mim.jobs.linear_probe import PRESETS, ProbeArguments, main, probe_table
 from hf_mim.training.command import parse_arguments
-from test_distributed import torchrun
-from tiny_training import REPOSITORY, pictures, run, tiny_config, write_pictures
+from tiny_training import REPOSITORY, pictures, tiny_config, write_pictures
 
 SCRIPT = str(REPOSITORY / "examples" / "run_linear_probe.py")
 
@@ -208,11 +208,11 @@ class TestScript:
         return json.loads((out / "linear_probe.json").read_text())
 
     @pytest.mark.parametrize("augment", [False, pytest.param(True, marks=pytest.mark.slow)])
-    def test_two_processes_equal_one(self, encoder, folder, tmp_path, capsys, augment):
+    def test_two_processes_equal_one(self, encoder, folder, tmp_path, capsys, augment, processes):
         flags = [f"--augment={augment}", "--per_device_train_batch_size=3", "--pooling=last_2"]
         assert main(self.flags(encoder, folder, tmp_path / "one", *flags)) == 0
         assert "last epoch / best epoch" in capsys.readouterr().out
-        result = run(torchrun(SCRIPT, *self.flags(encoder, folder, tmp_path / "two", *flags)))
+        result = processes([SCRIPT, *self.flags(encoder, folder, tmp_path / "two", *flags)], 2)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("last epoch / best epoch") == 1
         one, two = (self.results(tmp_path / name)["results"]["label"] for name in ("one", "two"))
@@ -236,14 +236,46 @@ class TestScript:
         ]
         assert losses[0] != losses[1]
 
-    def test_recipe_and_help(self, encoder, folder, tmp_path):
+    def test_another_run_in_the_folder_is_refused(self, encoder, folder, tmp_path, capsys):
+        model, out = shutil.copytree(encoder, tmp_path / "model"), tmp_path / "out"
+        flags = self.flags(model, folder, out, "--augment=false", "--num_train_epochs=1", "--warmup_epochs=0")
+
+        def refused() -> str:
+            assert main(flags) == 1
+            err = capsys.readouterr().err
+            assert "another --output_dir" in err and "Traceback" not in err
+            return err
+
+        assert main(flags) == 0
+        record, found = json.loads((out / "run.json").read_text())["decides"], self.results(out)
+        assert {found[name] == record[name] for name in ("seed", "pooling", "momentum", "warmup_epochs")} == {True}
+        assert (found["num_train"], found["num_test"]) == (record["num_pictures"], record["num_held_out"]) == (27, 9)
+        # The same once more is no other run; neither is the batch of the encoder.
+        assert main([*flags, "--per_device_train_batch_size=3"]) == 0
+        flags.append("--momentum=0.5")
+        assert "momentum: 0.9 there, 0.5 here" in refused() and self.results(out)["momentum"] == 0.9
+        # Other weights under the same name.
+        flags.pop()
+        torch.manual_seed(1)
+        hf_mim.PiLaMIMModel(tiny_config()).save_pretrained(model)
+        assert "(weights: " in refused()
+        assert main([*flags, "--resume_from_checkpoint=false"]) == 0
+        assert (out / "_old-run.json").is_file() and (out / "_old-linear_probe.json").is_file()
+        assert main(flags) == 0
+        # The folder of a training, whose record names no job where it is of the first versions.
+        for job in ({}, {"job": "training"}):
+            images = {name: record[name] for name in ("data", "num_pictures", "fingerprint")}
+            (out / "run.json").write_text(json.dumps({"decides": images | job}))
+            assert "job: 'training' there, 'probe' here" in refused()
+
+    def test_recipe_and_help(self, encoder, folder, tmp_path, processes):
         recipe = tmp_path / "recipe.json"
         recipe.write_text(json.dumps({"preset": "tiny", "pooling": "mean", "learning_rate": [7.0]}))
         flags = self.flags(encoder, folder, tmp_path)[:-3]
         assert main([str(recipe), *flags]) == 0
         found = self.results(tmp_path)
         assert found["pooling"] == "mean" and [head["learning_rate"] for head in found["results"]["label"]] == [7.0]
-        result = run([SCRIPT, "--help"])
+        result = processes([SCRIPT, "--help"])
         assert result.returncode == 0 and "--pooling" in result.stdout
 
     def test_mistakes_are_said_before_work_starts(self, encoder, folder, tmp_path, capsys):

@@ -27,6 +27,7 @@ from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
 from ..training.run_lock import only_run_in
+from ..training.run_record import check_same_run, circumstances, describe_images, set_record_aside, write_record
 from .loading import Subject, load_subject
 
 # The papers' crops are torchvision's own (8% of the area or more), and nothing is mirrored.
@@ -60,6 +61,22 @@ PRESETS = {
         "augment": False,
     },
 }
+
+_RESULTS = "linear_probe.json"
+# Of the arguments, what decides the probes' accuracy.
+_DECIDING = (
+    "model_name_or_path",
+    "probe",
+    "pooling",
+    "augment",
+    "batch_size",
+    "learning_rate",
+    "num_train_epochs",
+    "warmup_epochs",
+    "momentum",
+    "weight_decay",
+    "seed",
+)
 
 
 @dataclass
@@ -163,7 +180,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def probe(args: ProbeArguments, data_args: DataArguments) -> int:
-    """Trains the linear probes, writes `output_dir/linear_probe.json` and prints what is in it."""
+    """
+    Trains the linear probes, writes `output_dir/linear_probe.json`, and prints what is in it; `run.json` has what
+    decided it.
+
+    Raises:
+        ValueError: If model or pictures do not fit, or if the folder holds another run.
+    """
     with only_run_in(args.output_dir):
         return _probe(args, data_args)
 
@@ -183,6 +206,9 @@ def _probe(args: ProbeArguments, data_args: DataArguments) -> int:
         f"held-out pictures, {'crops and flips' if args.augment else 'whole pictures'}, {args.num_train_epochs} "
         f"epochs of batches of {args.batch_size}, {len(args.learning_rate)} learning rates side by side."
     )
+    record = _record(subject, args, data_args)
+    if str(args.resume_from_checkpoint).lower() != "false":
+        check_same_run(args.output_dir, record)
     test_features = _features(subject, test, args)
     if args.augment:
         batches = _AugmentedBatches(subject, train_labels, args, data_args)
@@ -205,8 +231,10 @@ def _probe(args: ProbeArguments, data_args: DataArguments) -> int:
         on_epoch=lambda epoch, now: _say_epoch(epoch, now, args.num_train_epochs),
     )
     if PartialState().is_main_process:
-        path = Path(args.output_dir) / "linear_probe.json"
-        write_json(path, _describe(args, data_args, train, test) | {"results": results})
+        path = Path(args.output_dir) / _RESULTS
+        set_record_aside(args.output_dir, record, _RESULTS)
+        write_record(args.output_dir, record)
+        write_json(path, _describe(args, data_args, record["decides"]) | {"results": results})
         few = few_pictures(len(test))
         print(f"\nAccuracy in % on {len(test)} held-out pictures{few}: last epoch / best epoch (which)")
         print(text_table(probe_table(results)))
@@ -242,13 +270,38 @@ def _say_epoch(epoch: int, now: dict[str, list[float]], num_epochs: int) -> None
         say(f"epoch {epoch + 1}: " + ", ".join(f"{label} {max(values):.1f}" for label, values in now.items()))
 
 
-def _describe(args: ProbeArguments, data_args: DataArguments, train, test) -> dict:
-    names = ("model_name_or_path", "preset", "probe", "pooling", "augment", "batch_size", "num_train_epochs")
-    names += ("warmup_epochs", "momentum", "weight_decay", "seed", "bf16")
-    return {name: getattr(args, name) for name in names} | {
+def _record(subject: Subject, args: ProbeArguments, data_args: DataArguments) -> dict:
+    """What decides the probes' accuracy, and what else is worth knowing; as [`run_record`] is of a training."""
+    decides = {"job": "probe", "model_type": subject.encoder.model.config.model_type}
+    decides |= describe_images(_Told(subject.pictures.train))
+    held_out = describe_images(_Told(subject.pictures.validation))
+    decides |= {"num_held_out": held_out["num_pictures"], "held_out_fingerprint": held_out["fingerprint"]}
+    decides |= {"weights": subject.encoder.digest(), "image_size": list(subject.image_size)}
+    decides |= {"image_mean": list(map(float, subject.mean)), "image_std": list(map(float, subject.std))}
+    decides |= {name: getattr(args, name) for name in _DECIDING} | {"precision": args.precision}
+    if args.augment:
+        decides |= {name: getattr(data_args, name) for name in ("crop_scale_min", "horizontal_flip")}
+    return {"decides": decides, "also": circumstances(args)}
+
+
+class _Told:
+    """Pictures and all that is to be told of them, as `describe_images` takes them."""
+
+    def __init__(self, pictures):
+        self.pictures, self.labels = pictures, pictures.labels
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+
+def _describe(args: ProbeArguments, data_args: DataArguments, run: dict) -> dict:
+    """What `linear_probe.json` says of its accuracies, by the record's `decides`."""
+    return {name: run[name] for name in _DECIDING if name != "learning_rate"} | {
+        "preset": args.preset,
+        "bf16": run["precision"] == "bfloat16",
         "data": data_args.dataset_name or data_args.train_dir or "scenes (embedded)",
-        "num_train": len(train),
-        "num_test": len(test),
+        "num_train": run["num_pictures"],
+        "num_test": run["num_held_out"],
     }
 
 

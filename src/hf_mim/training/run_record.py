@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import accelerate
@@ -18,8 +19,10 @@ from .checkpoints import last_whole_checkpoint, unused_path
 
 # Beside the weights.
 RUN_RECORD = "run.json"
-# What tells the pictures: they are the same if all but the first are, which says where they lie.
-_OF_PICTURES = ("data", "num_pictures", "fingerprint")
+# What tells the images: they are the same if all but the first are, which says where they lie.
+_OF_IMAGES = ("data", "num_pictures", "fingerprint")
+# The job of a record that names none: the first records did not.
+_TRAINING = "training"
 
 
 def run_record(model, args: ViTTrainingArguments, train_dataset, settings: dict) -> dict:
@@ -36,39 +39,48 @@ def run_record(model, args: ViTTrainingArguments, train_dataset, settings: dict)
         `dict`: `decides`: by name, what a run must share with a checkpoint to go on from it. `also`: how the batch was
         shared out, and versions, which may differ.
     """
-    decides = {"model_type": model.config.model_type}
-    decides |= describe_pictures(train_dataset) | settings | args.deciding()
+    decides = {"job": _TRAINING, "model_type": model.config.model_type}
+    decides |= describe_images(train_dataset) | settings | args.deciding()
     if getattr(model, "pairwise_loss", False):
         # Micro-batches never meet.
         decides["pictures_compared"] = args.effective_batch_size // args.gradient_accumulation_steps
+    return {"decides": decides, "also": circumstances(args)}
+
+
+def circumstances(args: ViTTrainingArguments) -> dict:
+    """How the batch was shared out, and versions: what may differ between two parts of a run."""
     return {
-        "decides": decides,
-        "also": {
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "num_processes": args.world_size,
-            "device": args.device.type,
-            "versions": {
-                "python": platform.python_version(),
-                "hf_mim": __version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "accelerate": accelerate.__version__,
-            },
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "num_processes": args.world_size,
+        "device": args.device.type,
+        "versions": {
+            "python": platform.python_version(),
+            "hf_mim": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "accelerate": accelerate.__version__,
         },
     }
 
 
-def describe_pictures(train_dataset) -> dict:
-    """Where the training pictures are from (`data`), how many there are (None of a stream), and their fingerprint."""
-    pictures = getattr(train_dataset, "pictures", None)
-    fingerprint = pictures.content_fingerprint() if hasattr(pictures, "content_fingerprint") else None
-    labels = getattr(train_dataset, "labels", None)
+def describe_images(dataset) -> dict:
+    """
+    Where images are from (`data`), how many there are (None of a stream), and a fingerprint of them and of what is to
+    be told of them: `dataset.labels`, an array or arrays by name, or what `dataset.labels_fingerprint()` says.
+    """
+    images = getattr(dataset, "pictures", None)
+    fingerprint = images.content_fingerprint() if hasattr(images, "content_fingerprint") else None
+    labels = getattr(dataset, "labels", None)
     if fingerprint is not None and labels is not None:
-        fingerprint = hashlib.sha256(fingerprint.encode() + np.asarray(labels).tobytes()).hexdigest()
+        columns = sorted(labels.items()) if isinstance(labels, Mapping) else [("", labels)]
+        told = b"".join(name.encode() + np.asarray(column).tobytes() for name, column in columns)
+        fingerprint = hashlib.sha256(fingerprint.encode() + told).hexdigest()
+    if fingerprint is not None and hasattr(dataset, "labels_fingerprint"):
+        fingerprint = hashlib.sha256((fingerprint + dataset.labels_fingerprint()).encode()).hexdigest()
     return {
-        "data": str(getattr(pictures, "source", None) or type(train_dataset).__name__),
-        "num_pictures": len(train_dataset) if hasattr(train_dataset, "__len__") else None,
+        "data": str(getattr(images, "source", None) or type(dataset).__name__),
+        "num_pictures": len(dataset) if hasattr(dataset, "__len__") else None,
         "fingerprint": fingerprint,
     }
 
@@ -78,13 +90,18 @@ def write_record(folder: str | Path, record: dict) -> None:
     write_json(Path(folder) / RUN_RECORD, record)
 
 
-def set_record_aside(folder: str | Path, record: dict) -> None:
-    """Renames the record of another run that was in `folder`, which from now on is this one's, to `_old-run.json`."""
-    old = Path(folder) / RUN_RECORD
+def set_record_aside(folder: str | Path, record: dict, *results: str) -> None:
+    """
+    Renames the record of another run that was in `folder`, which from now on is this one's, to `_old-run.json`, and
+    the files `results` that came of it likewise.
+    """
     try:
         check_same_run(folder, record)
     except ValueError:
-        old.rename(unused_path(old.with_name(f"_old-{RUN_RECORD}")))
+        for name in (RUN_RECORD, *results):
+            old = Path(folder) / name
+            if old.exists():
+                old.rename(unused_path(old.with_name(f"_old-{name}")))
 
 
 def precision_of_run(output_dir: str | Path) -> str | None:
@@ -105,15 +122,15 @@ def check_same_run(folder: str | Path, record: dict, what: str = "holds another 
     is of a version that wrote none.
     """
     try:
-        saved = json.loads((Path(folder) / RUN_RECORD).read_text())["decides"]
+        saved = {"job": _TRAINING} | json.loads((Path(folder) / RUN_RECORD).read_text())["decides"]
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{Path(folder) / RUN_RECORD} cannot be read ({error!r}): delete it to go on.") from error
     wanted = json.loads(json.dumps(record["decides"]))
-    names = [name for name in wanted if name in saved and saved[name] != wanted[name] and name not in _OF_PICTURES]
+    names = [name for name in wanted if name in saved and saved[name] != wanted[name] and name not in _OF_IMAGES]
     differences = [f"{name}: {saved[name]!r} there, {wanted[name]!r} here" for name in names]
-    if any(saved.get(name) != wanted.get(name) for name in _OF_PICTURES[1:]):
+    if any(saved.get(name) != wanted.get(name) for name in _OF_IMAGES[1:]):
         there, here = (f"{of['data']} ({of['num_pictures']} pictures)" for of in (saved, wanted))
         differences.insert(0, f"data: {there} there, {here} here{', with other contents' if there == here else ''}")
     if differences:
