@@ -98,8 +98,9 @@ def test_goes_on_from_its_parts(run, folder, tmp_path, monkeypatch, capsys):
         return right(encoder, images, rows, *args)
 
     monkeypatch.setattr(embedding, "_embed", cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        embed(run, folder, tmp_path / "out.parquet")
+    capsys.readouterr()
+    assert embed(run, folder, tmp_path / "out.parquet") == 130
+    assert "Interrupted. The same command goes on" in (err := capsys.readouterr().err) and "Traceback" not in err
     assert not (tmp_path / "out.parquet").exists()
     assert sorted(os.listdir(tmp_path / "out.parquet.parts")) == ["000000000.parquet", "000000004.parquet", "key.json"]
     # Of other settings the parts are not gone on from.

@@ -301,6 +301,12 @@ def test_what_differs_is_deleted(run_folder, tmp_path, monkeypatch, capsys):
     assert os.listdir(tmp_path / "new") == []
 
 
+def test_of_a_segmenter_it_is_said_that_the_encoder_goes_alone(tmp_path, caplog):
+    tiny_model("ocl", "ForSemanticSegmentation", num_labels=3, **SQUARE).save_pretrained(tmp_path / "run")
+    assert hf_mim.export(tmp_path / "run", tmp_path / "out") < 1e-5
+    assert "of a model for SemanticSegmentation the encoder alone is exported" in caplog.text
+
+
 def test_other_bad_words(run_folder, tmp_path, capsys):
     assert "expected one of vit, dinov2, timm, onnx" in refused(
         capsys, run_folder, tmp_path / "out", "--format=tflite"

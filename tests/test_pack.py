@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -108,6 +109,24 @@ def test_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch, capsys):
     assert len(opened(out)) == 39
     assert packed_as(folder, out, "--short_side=20") == 1
     assert "other pictures or settings" in capsys.readouterr().err
+
+
+def test_another_set_in_the_folder_is_refused(folder, tmp_path, capsys):
+    """By the number of its pictures its shards have other names, and would lie beside the old ones."""
+    out = tmp_path / "out"
+    assert packed_as(folder, out) == 0
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def refused(data) -> None:
+        assert packed_as(data, out) == 1
+        assert "other pictures or settings: choose another folder" in capsys.readouterr().err
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+    refused(folder / "cats")
+    # The same pictures, in the same order, with other names of their classes.
+    named = shutil.copytree(folder, tmp_path / "named")
+    (named / "dogs").rename(named / "frogs")
+    refused(named)
 
 
 def test_shards_that_do_not_fit_the_index(folder, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.sources.folder import from_folder
-from hf_mim.jobs import finetuning, linear_probe, pretraining, representation_report
+from hf_mim.jobs import embed, finetuning, linear_probe, pack, pretraining, representation_report
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.callbacks import SaveOnInterrupt
 from hf_mim.training.errors import plain_message
@@ -169,20 +169,28 @@ class TestOneRunAFolder:
     HOLD += "with only_run_in(sys.argv[1]): print('in', flush=True); time.sleep(60)"
 
     def test_the_second_is_refused_until_the_first_is_killed(self, tmp_path, capsys):
-        with started(["-c", self.HOLD, str(tmp_path / "out")]) as process:
+        # As the parts of `table.parquet` are called.
+        out = tmp_path / "table.parquet.parts"
+        with started(["-c", self.HOLD, str(out)]) as process:
             assert process.stdout.readline() == "in\n"
             said = f"Another run is writing into .*process {process.pid} on"
-            with pytest.raises(ValueError, match=said), only_run_in(tmp_path / "out"):
+            with pytest.raises(ValueError, match=said), only_run_in(out):
                 pass
-            # A trainer without a job, and jobs that read weights: before they read any.
+            # A trainer without a job, and jobs that read weights or pictures: before they read any.
             with pytest.raises(ValueError, match=said):
-                tiny_trainer(tmp_path / "out", max_steps=1).train()
-            for job, flag in ((linear_probe, "model_name_or_path"), (representation_report, "model_names_or_paths")):
-                assert job.main([f"--{flag}=x", f"--output_dir={tmp_path / 'out'}"]) == 1
-                assert "Another run is writing into" in error_of(capsys)
+                tiny_trainer(out, max_steps=1).train()
+            jobs = [
+                (linear_probe, ["--model_name_or_path=x", f"--output_dir={out}"], "--output_dir"),
+                (representation_report, ["--model_names_or_paths=x", f"--output_dir={out}"], "--output_dir"),
+                (pack, ["nowhere", str(out)], "--output_dir"),
+                (embed, ["x", "nowhere", str(tmp_path / "table.parquet")], "--output"),
+            ]
+            for job, flags, named in jobs:
+                assert job.main(flags) == 1
+                assert "Another run is writing into" in (line := error_of(capsys)) and f"another {named}." in line
             process.send_signal(signal.SIGKILL)
-        with only_run_in(tmp_path / "out"):
-            assert (tmp_path / "out").is_dir()
+        with only_run_in(out):
+            assert out.is_dir()
 
     def test_deletes_what_a_killed_process_had_begun(self, tmp_path):
         for name in (".features.123.tmp.json", ".hidden.json", "mine.1.tmp.json", "reconstructions/.step-5.7.tmp.png"):

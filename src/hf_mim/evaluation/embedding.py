@@ -25,6 +25,11 @@ _ROWS, _BYTES = 4096, 2**28
 _VERSION = 1
 
 
+def parts_of(output: Path) -> Path:
+    """The folder in which the beginning of a table lies."""
+    return output.with_name(output.name + ".parts")
+
+
 class _Read(Dataset):
     """(row, what the transform makes of the image, or the message where it cannot be read)."""
 
@@ -78,7 +83,7 @@ def write_embeddings(
     transform = evaluation_transform(image_processor, images.num_channels)
     schema, poolings, row_bytes = _schema(encoder, images, transform, patches, settings)
     size = max(1, min(_ROWS, _BYTES // row_bytes)) if patches else _ROWS
-    parts = output.with_name(output.name + ".parts")
+    parts = parts_of(output)
     key = {
         "model": encoder.digest(),
         "images": [images.fingerprint(), images.content_fingerprint()],

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import logging
 
 from ..data.image_processing import MIMImageProcessor
 from ..models.vit.configuration_vit import MaskedViTConfig
@@ -16,6 +17,8 @@ from ..models.vit.modeling_vit import MaskedViTForImageClassification, MaskedViT
 from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, method_class
 from .formats import FORMATS, Format, Plain, Runner, is_classifier, run_model
+
+logger = logging.get_logger(__name__)
 
 # Largest difference from the model's own outputs, relative to the largest of them where that is above 1.
 _TOLERANCE = {"float32": 1e-4, "float16": 2e-2}
@@ -117,8 +120,11 @@ def load_model(path: str | os.PathLike) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(path)
         model_class = AutoModel
-        if any("ForImageClassification" in name for name in config.architectures or ()):
+        heads = {name.partition("For")[2] for name in config.architectures or ()} - {"", "PreTraining"}
+        if "ImageClassification" in heads:
             model_class = AutoModelForImageClassification
+        elif heads:
+            logger.warning(f"{path}: of a model for {min(heads)} the encoder alone is exported, without the head.")
         elif config.model_type in BASELINES:
             # Under its model_type transformers knows only its own.
             model_class = method_class(config.model_type, "Model")

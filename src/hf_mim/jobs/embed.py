@@ -8,11 +8,12 @@ from pathlib import Path
 from accelerate import PartialState
 
 from ..data.arguments import DataArguments
-from ..evaluation.embedding import write_embeddings
+from ..evaluation.embedding import parts_of, write_embeddings
 from ..evaluation.neighbours import nearest_page
 from ..files import write_text
 from ..training.command import name_words, parse_arguments, say
 from ..training.errors import run_job
+from ..training.run_lock import only_run_in
 from .loading import load_subject, name_data
 
 # Broken images that are named on the screen.
@@ -74,7 +75,8 @@ def embed(args: EmbedArguments, data_args: DataArguments) -> int:
     Writes the table, the list of broken images where there are any, and the page if it is asked for.
 
     Raises:
-        ValueError: If model and images do not fit, there are none, or the table has no such column.
+        ValueError: If model and images do not fit, there are none, the table has no such column, or another process
+            is writing it.
         FileExistsError: If a file of these is there.
     """
     if args.images is not None:
@@ -86,9 +88,13 @@ def embed(args: EmbedArguments, data_args: DataArguments) -> int:
     for path in [output, broken_list, *([page] if args.nearest else [])]:
         if path.exists():
             raise FileExistsError(f"{path} exists, and is not overwritten: name another, or remove it.")
+    with only_run_in(parts_of(output), flag="--output"):
+        return _embed(args, data_args, output, broken_list, page)
+
+
+def _embed(args: EmbedArguments, data_args: DataArguments, output: Path, broken_list: Path, page: Path) -> int:
     state = PartialState()
     subject = load_subject(args.model_name_or_path, data_args, device=state.device, hold_out=False)
-    output.parent.mkdir(parents=True, exist_ok=True)
     settings = {
         "model": subject.name,
         "images": subject.pictures.source,

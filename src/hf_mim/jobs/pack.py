@@ -1,5 +1,6 @@
 """Packs pictures into few large files, small enough to be read as fast as they are trained on."""
 
+import hashlib
 import io
 import json
 import os
@@ -14,10 +15,11 @@ from ..data.dataset import ImageDataset, ImageStream, stored_bytes
 from ..data.images import BrokenImageError, read_image
 from ..data.sources import open_splits
 from ..data.sources.packed import FORMAT, GROUP_ROWS, INDEX
-from ..files import remove_leftovers, replacing, write_json
+from ..files import replacing, write_json
 from ..training.command import parse_arguments, say
 from ..training.errors import run_job
 from ..training.machine import process_cores
+from ..training.run_lock import only_run_in
 from .check import _name_data
 
 _JPEG, _JPEG_QUALITY = b"\xff\xd8\xff", 95
@@ -71,14 +73,21 @@ def pack(data_args: DataArguments, args: PackArguments) -> int:
         raise ValueError(f"--num_channels is {data_args.num_channels}; 8-bit pictures of 1 or 3 channels are packed.")
     data_args.num_channels = data_args.num_channels or 3
     folder = Path(args.output_dir).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(folder)
+    with only_run_in(folder):
+        return _pack(data_args, args, folder)
+
+
+def _pack(data_args: DataArguments, args: PackArguments, folder: Path) -> int:
     train, validation = open_splits(data_args, seed=0)
     splits = {"train": train} | ({} if validation is None else {"validation": validation})
     index = {"format": FORMAT, "short_side": args.short_side, "splits": {}, "broken": [], "labels": {}}
+    if any(isinstance(pictures, ImageStream) for pictures in splits.values()):
+        raise ValueError("What is packed is read by index, and this is a stream.")
+    expected = {path for name, pictures in splits.items() for path in _shards(folder, name, len(pictures), args)}
+    # A reader of the folder would take them for the new ones, or read both.
+    for path in sorted(set(folder.glob("*.parquet")) - expected):
+        raise ValueError(f"{path} is of other pictures or settings: choose another folder, or delete it.")
     for name, pictures in splits.items():
-        if isinstance(pictures, ImageStream):
-            raise ValueError("What is packed is read by index, and this is a stream.")
         pictures.max_image_pixels = data_args.max_image_pixels
         index["labels"] |= pictures.label_names
         shards, broken = _pack_split(folder, name, pictures, args)
@@ -93,15 +102,31 @@ def pack(data_args: DataArguments, args: PackArguments) -> int:
     return 0
 
 
+def _shards(folder: Path, name: str, num_pictures: int, args: PackArguments) -> list[Path]:
+    number = -(-num_pictures // args.rows_per_shard)
+    return [folder / f"{name}-{shard:05}-of-{number:05}.parquet" for shard in range(number)]
+
+
+def _describe(pictures: ImageDataset, args: PackArguments) -> dict:
+    """What decides what is in the shards, by which one of an interrupted command is known again."""
+    labels = hashlib.sha256(json.dumps(pictures.label_names, sort_keys=True).encode())
+    for name, column in sorted(pictures.labels.items()):
+        labels.update(name.encode() + np.ascontiguousarray(column).tobytes())
+    return {
+        "pictures": pictures.content_fingerprint(),
+        "labels": labels.hexdigest(),
+        "max_image_pixels": pictures.max_image_pixels,
+        "short_side": args.short_side,
+        "rows": args.rows_per_shard,
+    }
+
+
 def _pack_split(folder: Path, name: str, pictures: ImageDataset, args: PackArguments) -> tuple[list[dict], list[str]]:
     import pyarrow.parquet as pq
 
-    number = -(-len(pictures) // args.rows_per_shard)
-    # By which a shard of an interrupted command is known again.
-    of = {"pictures": pictures.content_fingerprint(), "short_side": args.short_side, "rows": args.rows_per_shard}
+    of = _describe(pictures, args)
     shards, broken = [], []
-    for shard in range(number):
-        path = folder / f"{name}-{shard:05}-of-{number:05}.parquet"
+    for shard, path in enumerate(_shards(folder, name, len(pictures), args)):
         rows = np.arange(shard * args.rows_per_shard, min((shard + 1) * args.rows_per_shard, len(pictures)))
         if not path.is_file():
             _write_shard(path, pictures.select(rows), of, args)

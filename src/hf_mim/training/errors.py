@@ -21,7 +21,7 @@ _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 
 
 def run_job(job: Callable[[], int]) -> int:
-    """Runs what a script does, says in a line what the user can mend, and returns the exit status."""
+    """Runs a script's job, says in a line what the user can mend, and returns the exit status: 130 after Ctrl-C."""
     if not are_progress_bars_disabled():
         # A bar for each file of weights would fall between the training's own; downloads keep theirs.
         logging.disable_progress_bar()
@@ -32,6 +32,12 @@ def run_job(job: Callable[[], int]) -> int:
         gc.collect()
         PartialState().destroy_process_group()
         return status
+    except KeyboardInterrupt:
+        # Ctrl-C, in training the second one. What was written is whole, and stays.
+        if logging.get_verbosity() <= logging.INFO:
+            raise
+        print("\nInterrupted. The same command goes on from what is finished.", file=sys.stderr)
+        return 130
     except Exception as error:
         # What the user can mend is said without a page of stack; everything else keeps its stack.
         message = plain_message(error)

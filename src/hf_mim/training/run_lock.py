@@ -26,11 +26,11 @@ _held: set[Path] = set()
 
 
 @contextlib.contextmanager
-def only_run_in(output_dir: str | Path) -> Iterator[None]:
+def only_run_in(output_dir: str | Path, flag: str = "--output_dir") -> Iterator[None]:
     """
     Within, this run is the only one that writes into `output_dir`, which is made, and rid of what a killed process had
     begun to write. The system takes the lock from a process that has ended, however it did. Of several processes the
-    first holds it. Within itself, of one process, it changes nothing.
+    first holds it. Within itself, of one process, it changes nothing. `flag` is named in errors.
 
     Raises:
         ValueError: If another run is in the folder, or the folder cannot be made or written to.
@@ -42,13 +42,11 @@ def only_run_in(output_dir: str | Path) -> Iterator[None]:
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = _lock(folder / _NAME)
+        lock = _lock(folder / _NAME, flag)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(
-            f"--output_dir {output_dir} is a file, or below one; expected a folder, or none yet."
-        ) from error
+        raise ValueError(f"{flag} {output_dir} is a file, or below one; expected a folder, or none yet.") from error
     except OSError as error:
-        raise ValueError(f"--output_dir {output_dir} cannot be written to ({error.strerror}).") from error
+        raise ValueError(f"{flag} {output_dir} cannot be written to ({error.strerror}).") from error
     remove_leftovers(folder)
     remove_leftovers(folder / "reconstructions")
     _held.add(folder)
@@ -65,7 +63,7 @@ def only_run_in(output_dir: str | Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _lock(path: Path) -> TextIO:
+def _lock(path: Path, flag: str) -> TextIO:
     while True:
         file = path.open("a+")
         try:
@@ -79,7 +77,7 @@ def _lock(path: Path) -> TextIO:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(
                     f"Another run is writing into {path.parent}{f' ({holder})' if holder else ''}. Wait for it, or "
-                    "choose another --output_dir."
+                    f"choose another {flag}."
                 ) from error
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
                 raise
