@@ -1,6 +1,8 @@
 """Settings of all tests: nothing is fetched, whatever a library would like to look up."""
 
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Tests run side by side, one a core: threads of one would wait for those of the other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config):
+    # See test_transformers_common.py: transformers registers its own marks where its source has them, in its conftest.
+    if source := os.environ.get("HF_MIM_TRANSFORMERS_SOURCE"):
+        code = (Path(source) / "tests" / "test_modeling_common.py").read_text(encoding="utf-8")
+        for name in set(re.findall(r"@(?:pytest\.)?mark\.(\w+)", code)):
+            config.addinivalue_line("markers", f"{name}: of transformers")
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +28,12 @@ def fork():
 
     with open_forks() as forks:
         yield forks
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Runs a script in one or several processes; see `forks.Processes`."""
+    from forks import open_processes
+
+    with open_processes() as opened:
+        yield opened

@@ -126,12 +126,12 @@ if world > 1:
 """
 
 
-def test_held_out_losses_and_rank_are_those_of_one_process(tmp_path):
+def test_held_out_losses_and_rank_are_those_of_one_process(tmp_path, processes):
     script = tmp_path / "held_out.py"
     script.write_text(HELD_OUT)
-    for launch, name in ((lambda *command: list(command), "one"), (torchrun, "two")):
+    for number, name in ((1, "one"), (2, "two")):
         (tmp_path / name).mkdir()
-        result = run(launch(str(script), str(tmp_path / name)))
+        result = processes([str(script), str(tmp_path / name)], number)
         assert result.returncode == 0, result.stderr
         assert "broadcast_buffers" not in result.stderr
     one, two = (json.loads((tmp_path / name / "found.json").read_text()) for name in ("one", "two"))
@@ -166,7 +166,7 @@ def test_terminated_between_two_logs(folder, tmp_path):
     assert find_damage(checkpoint) is None, err
 
 
-def test_resuming_in_the_middle_of_an_epoch(folder, one_process, tmp_path):
+def test_resuming_in_the_middle_of_an_epoch(folder, one_process, tmp_path, processes):
     """Stopped after 7 of 10 steps; then set_epoch reaches the sampler through neither shards nor skipped batches."""
     code = """
 import sys
@@ -189,9 +189,9 @@ sys.exit(pretraining.main())
     script.write_text(code)
     out = tmp_path / "out"
     flags = [*FLAGS, *EPOCHS, "--per_device_train_batch_size=2", f"--train_dir={folder}", f"--output_dir={out}"]
-    result = run(torchrun(str(script), *flags))
+    result = processes([str(script), *flags], 2)
     assert result.returncode == 0 and (out / "checkpoint-7" / "rng_state_1.pth").exists(), result.stderr
-    result = run(torchrun(RUN_MIM, *flags))
+    result = processes([RUN_MIM, *flags], 2)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("Resuming from") == 1
     assert_same_run(out, one_process)

@@ -43,8 +43,7 @@ from hf_mim.data.sources.folder import from_folder
 from hf_mim.evaluation.encoders import FeatureEncoder, RawPixels, blocks_read, load_encoder, untrained_encoder
 from hf_mim.evaluation.features import extract_features, labelled_splits, shared_labels
 from hf_mim.models.vit.position import sincos_position_table
-from test_distributed import torchrun
-from tiny_training import pictures, run, tiny_config, write_pictures
+from tiny_training import pictures, tiny_config, write_pictures
 
 VIT = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 VIT["intermediate_size"] = 48
@@ -329,7 +328,7 @@ class TestExtraction:
         with pytest.raises(ValueError, match="expected cls"):
             extract_features({"raw": RawPixels()}, noise_pictures(), processor(), ["median"])
 
-    def test_two_processes_get_what_one_gets(self, tmp_path):
+    def test_two_processes_get_what_one_gets(self, tmp_path, processes):
         """Eleven pictures over two processes: in order, none lost, the cache written once and found by both."""
         saved("vit", tmp_path / "vit")
         script = tmp_path / "extract.py"
@@ -356,7 +355,7 @@ torch.save((found, pictures_seen), f"{folder}/rank{state.process_index}.pt")
 sys.stdout.flush()
 os._exit(0)  # gloo's threads may abort at the interpreter's end
 """)
-        result = run(torchrun(str(script), str(tmp_path)))
+        result = processes([str(script), str(tmp_path)], 2)
         assert result.returncode == 0, result.stderr
         expected = extract_features(
             {"a": load_encoder(tmp_path / "vit")}, noise_pictures(), processor(), ["cls", "mean"], batch_size=4

@@ -15,7 +15,7 @@ from hf_mim.evaluation.contrast import alignment, uniformity
 from hf_mim.models.ocl import modeling_ocl
 from hf_mim.training import collapse
 from tiny import checkpoint_activations, scrambled, tiny_batch, tiny_model
-from tiny_training import SIZES, losses, run, tiny_data, tiny_trainer
+from tiny_training import SIZES, losses, tiny_data, tiny_trainer
 
 SMALL = {name: value for name, value in SIZES.items() if "decoder" not in name}
 
@@ -717,12 +717,10 @@ def batch_of(model):
     return tiny_batch(model.config, batch_size=6)
 
 
-def test_two_processes_equal_one(tmp_path):
-    from test_distributed import torchrun
-
+def test_two_processes_equal_one(tmp_path, processes):
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    result = run(torchrun(str(script), str(tmp_path)))
+    result = processes([str(script), str(tmp_path)], 2)
     assert result.returncode == 0, result.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     for name, (fields, _) in CASES.items():

@@ -44,15 +44,15 @@ def pretrain(folder, out, *flags: str) -> int:
 
 
 class TestProcess:
-    def test_mistake_is_one_line_and_status_1(self):
-        result = run([RUN_MIM, "--learning_rat=1"])
+    def test_mistake_is_one_line_and_status_1(self, processes):
+        result = processes([RUN_MIM, "--learning_rat=1"])
         assert result.returncode == 1 and result.stdout == ""
         assert (
             result.stderr.strip()
             == "Error: There is no flag --learning_rat=1. Run the script with --help for all flags."
         )
 
-    def test_bug_keeps_its_stack(self, tmp_path):
+    def test_bug_keeps_its_stack(self, tmp_path, processes):
         script = tmp_path / "broken.py"
         script.write_text(
             "import sys, torch\n"
@@ -61,12 +61,12 @@ class TestProcess:
             "sys.exit(pretraining.main())\n"
         )
         pictures = write_pictures(tmp_path / "pictures", 8)
-        result = run([str(script), *FLAGS, f"--train_dir={pictures}", f"--output_dir={tmp_path / 'out'}"])
+        result = processes([str(script), *FLAGS, f"--train_dir={pictures}", f"--output_dir={tmp_path / 'out'}"])
         assert result.returncode == 1
         assert "Traceback" in result.stderr and "size of tensor a" in result.stderr
 
     @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-    def test_interrupted_and_run_again(self, folder, tmp_path, number):
+    def test_interrupted_and_run_again(self, folder, tmp_path, number, processes):
         """The checkpoint is written in the middle of an epoch, and the run ends as one that was not interrupted."""
         flags = [
             *FLAGS,
@@ -95,10 +95,10 @@ class TestProcess:
         step = int(checkpoint.name.split("-")[1])
         assert 8 <= step < 100
         assert not (tmp_path / "broken" / "model.safetensors").exists()
-        result = run([RUN_MIM, *first])
+        result = processes([RUN_MIM, *first])
         assert result.returncode == 0 and f"Resuming from {checkpoint}" in result.stdout, result.stderr
         # A process too: the bits depend on the number of threads.
-        assert run([RUN_MIM, *flags, f"--output_dir={tmp_path / 'unbroken'}"]).returncode == 0
+        assert processes([RUN_MIM, *flags, f"--output_dir={tmp_path / 'unbroken'}"]).returncode == 0
         broken, unbroken = (load_file(tmp_path / name / "model.safetensors") for name in ("broken", "unbroken"))
         assert all(torch.equal(broken[name], value) for name, value in unbroken.items())
         assert losses(tmp_path / "broken") == losses(tmp_path / "unbroken")

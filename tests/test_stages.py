@@ -497,7 +497,7 @@ class TestTwoProcesses:
         flags = [*COMMON, *TWO, "--per_device_train_batch_size=2", "--save_strategy=steps", "--save_steps=3"]
         return [*flags, f"--train_dir={folder}", f"--output_dir={out}"]
 
-    def test_broken_off_and_run_again(self, folder, tmp_path):
+    def test_broken_off_and_run_again(self, folder, tmp_path, processes):
         """In one launch: a run, and one that breaks off in stage 1 before its first checkpoint, and goes on."""
         script = tmp_path / "stages.py"
         script.write_text("""
@@ -549,7 +549,7 @@ sys.stdout.flush()
 os._exit(0)  # as in test_stream_is_shared_out
 """)
         flags = self.flags(folder, tmp_path)[:-1]
-        result = run(torchrun(str(script), str(tmp_path), *flags))
+        result = processes([str(script), str(tmp_path), *flags], 2)
         assert result.returncode == 0, result.stderr
         assert_same_run(tmp_path / "broken", tmp_path / "unbroken")
         one, other = (torch.load(tmp_path / f"starts{rank}.pt", weights_only=True) for rank in (0, 1))
