@@ -58,7 +58,7 @@ class FineTuningTransform(PretrainingTransform):
         self.augment = None if auto_augment is None else build_rand_augment(auto_augment, self.image_size, mean)
         self.erase = RandomErasing(random_erasing, mode="pixel", device="cpu") if random_erasing > 0 else None
 
-    def __call__(self, picture: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor | int]:
+    def __call__(self, image: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor | int]:
         """
         Returns:
             `pixel_values`: float32 of shape `(channels, *image_size)`; `mixing_seed`: for the collator.
@@ -66,12 +66,12 @@ class FineTuningTransform(PretrainingTransform):
         generator = sample_generator(self.seed, epoch, index)
         draws = generator.random(_NUM_DRAWS)
         augment_seed, mixing_seed = generator.integers(2**32, size=2).tolist()
-        picture = self.crop_and_flip(picture, draws)
+        image = self.crop_and_flip(image, draws)
         with global_seed(augment_seed):
             # Floats have no range that the operations could know.
-            if self.augment is not None and picture.dtype == torch.uint8:
-                picture = F.pil_to_tensor(self.augment(F.to_pil_image(picture)))
-            pixel_values = self.normalise(picture)
+            if self.augment is not None and image.dtype == torch.uint8:
+                image = F.pil_to_tensor(self.augment(F.to_pil_image(image)))
+            pixel_values = self.normalise(image)
             if self.erase is not None:
                 pixel_values = self.erase(pixel_values)
         return {"pixel_values": pixel_values, "mixing_seed": mixing_seed}
@@ -106,19 +106,19 @@ class LabelledDataset(PretrainingDataset):
     `dataset[epoch, index]` is a transformed picture with its label.
 
     Args:
-        pictures, transform, skip_broken: As `PretrainingDataset`.
+        images, transform, skip_broken: As `PretrainingDataset`.
         labels (`np.ndarray` of shape `(len(pictures),)`): Classes, from 0; or, where a picture may have several, of
             shape `(len(pictures), num_labels)`: 1 where it has the label, 0 where not.
     """
 
-    def __init__(self, pictures, labels: np.ndarray, transform, *, skip_broken: bool = False):
-        super().__init__(pictures, transform, skip_broken=skip_broken)
+    def __init__(self, images, labels: np.ndarray, transform, *, skip_broken: bool = False):
+        super().__init__(images, transform, skip_broken=skip_broken)
         self.labels = torch.as_tensor(labels)
 
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = epoch_and_index
-        place, picture = self._read(index)
-        return self.transform(picture, epoch, index) | {"labels": self.labels[place]}
+        place, image = self._read(index)
+        return self.transform(image, epoch, index) | {"labels": self.labels[place]}
 
 
 class EvaluationTransform:
@@ -127,8 +127,8 @@ class EvaluationTransform:
     def __init__(self, transform):
         self.transform = transform
 
-    def __call__(self, picture: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.transform(picture)}
+    def __call__(self, image: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.transform(image)}
 
 
 class MixingCollator:

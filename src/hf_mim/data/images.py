@@ -272,11 +272,11 @@ def _from_array(array: np.ndarray, num_channels: int, name: str, channels_first:
             found = min(array.shape[0], array.shape[2])  # most likely: pictures are larger than they have channels
             raise _channel_error(name, f"{found} (shape {array.shape})", num_channels, found)
         array = np.moveaxis(array, axis, 0)
-    picture = torch.from_numpy(array)
-    if picture.shape[0] == num_channels:
-        return picture
-    if picture.shape[0] == 1 and num_channels == 3:
-        return picture.expand(3, -1, -1)
+    image = torch.from_numpy(array)
+    if image.shape[0] == num_channels:
+        return image
+    if image.shape[0] == 1 and num_channels == 3:
+        return image.expand(3, -1, -1)
     raise _channel_error(name, "1 (grey)", num_channels, 1)
 
 

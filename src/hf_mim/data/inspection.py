@@ -43,7 +43,7 @@ class Inspection:
         return sum(map(len, self.faults.values()))
 
 
-def inspect_images(pictures: ImageDataset, *, num_workers: int = 0, max_named: int = 20) -> Inspection:
+def inspect_images(images: ImageDataset, *, num_workers: int = 0, max_named: int = 20) -> Inspection:
     """Reads all pictures once.
 
     Memory does not grow with the pictures' sizes, and with their number only by 16 bytes each.
@@ -52,11 +52,11 @@ def inspect_images(pictures: ImageDataset, *, num_workers: int = 0, max_named: i
         num_workers (`int`): processes that read.
         max_named (`int`): how many pictures of each odd form are named.
     """
-    number = len(pictures)
-    found = Inspection(pictures, {kind: [] for kind in FAULTS})
+    number = len(images)
+    found = Inspection(images, {kind: [] for kind in FAULTS})
     found.heights, found.widths = np.zeros(number, dtype=np.int32), np.zeros(number, dtype=np.int32)
     found.digests = np.zeros(number, dtype=np.uint64)
-    reader = DataLoader(_Inspected(pictures), batch_size=16, num_workers=num_workers, collate_fn=list)
+    reader = DataLoader(_Inspected(images), batch_size=16, num_workers=num_workers, collate_fn=list)
     first: dict[str, list[int]] = {}
     index = 0
     # None: no bar where nobody looks.
@@ -75,7 +75,7 @@ def inspect_images(pictures: ImageDataset, *, num_workers: int = 0, max_named: i
                 index += 1
             bar.update(len(batch))
     usual = found.forms.most_common(1)[0][0] if found.forms else None
-    found.odd = {form: [pictures.name(i) for i in named] for form, named in first.items() if form != usual}
+    found.odd = {form: [images.name(i) for i in named] for form, named in first.items() if form != usual}
     return found
 
 
@@ -96,17 +96,17 @@ def find_copies(found: list[Inspection]) -> list[tuple[str, str]]:
 class _Inspected(Dataset):
     """What one picture has to tell: fault, message, form, height, width, digest."""
 
-    def __init__(self, pictures: ImageDataset):
-        self.pictures = pictures
+    def __init__(self, images: ImageDataset):
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[str | None, str, str | None, int, int, int]:
-        pictures, form, digest = self.pictures, None, 0
+        images, form, digest = self.images, None, 0
         try:
-            stored = pictures.stored(index)
-            name = pictures.name(index)
+            stored = images.stored(index)
+            name = images.name(index)
             try:
                 data = stored_bytes(stored)
             except FileNotFoundError as error:
@@ -117,11 +117,11 @@ class _Inspected(Dataset):
                 digest = int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
             form = _form(stored, data, name)
             is_file = isinstance(stored, str | dict) and data
-            picture = read_image(
+            image = read_image(
                 data if is_file else stored,
-                pictures.num_channels,
+                images.num_channels,
                 name=name,
-                max_image_pixels=pictures.max_image_pixels,
+                max_image_pixels=images.max_image_pixels,
             )
         except MissingImageError as error:
             return "missing", str(error), form, 0, 0, digest
@@ -131,7 +131,7 @@ class _Inspected(Dataset):
             return "broken", str(error), form, 0, 0, digest
         except ValueError as error:
             return "unfit", str(error), form, 0, 0, digest
-        return None, "", form, picture.shape[1], picture.shape[2], digest
+        return None, "", form, image.shape[1], image.shape[2], digest
 
 
 def _form(stored, data: bytes, name: str) -> str | None:

@@ -108,23 +108,23 @@ class PretrainingTransform:
         self._scale_uint8 = self._scale / 255
         self._shift = -torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1) * self._scale
 
-    def __call__(self, picture: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
         """
         Args:
-            picture (`torch.Tensor` of shape `(channels, height, width)`): uint8 or float32, as `read_image` gives.
+            image (`torch.Tensor` of shape `(channels, height, width)`): uint8 or float32, as `read_image` gives.
             epoch, index (`int`): which sample of which epoch this is.
 
         Returns:
             `pixel_values`: float32 of shape `(channels, *image_size)`, normalised (of a `raw` transform as they are,
             of the picture's dtype); `noise`: float32 of shape `(num_patches,)`, uniform in [0, 1).
         """
-        if picture.shape[0] != self._scale.shape[0]:
-            raise ValueError(f"A picture of {picture.shape[0]} channels, but mean and std of {self._scale.shape[0]}.")
+        if image.shape[0] != self._scale.shape[0]:
+            raise ValueError(f"A picture of {image.shape[0]} channels, but mean and std of {self._scale.shape[0]}.")
         generator = sample_generator(self.seed, epoch, index)
         # A fixed number of draws first, so that the crops do not depend on the number of patches.
         draws = generator.random(_NUM_DRAWS)
         noise = torch.from_numpy(generator.random(self.num_patches, dtype=np.float32))
-        pixel_values = self.crop_and_flip(picture, draws)
+        pixel_values = self.crop_and_flip(image, draws)
         return {"pixel_values": self.normalise(pixel_values) if self.normalises else pixel_values, "noise": noise}
 
     def raw(self) -> "PretrainingTransform":
@@ -133,23 +133,23 @@ class PretrainingTransform:
         raw.normalises = False
         return raw
 
-    def crop_and_flip(self, picture: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
+    def crop_and_flip(self, image: torch.Tensor, draws: np.ndarray) -> torch.Tensor:
         """The crop, resized to `image_size`, by `_NUM_DRAWS` uniform draws; of the picture's dtype."""
-        top, left, height, width = random_crop_box(draws[1:], *picture.shape[1:], self.crop_scale, self.ratio)
+        top, left, height, width = random_crop_box(draws[1:], *image.shape[1:], self.crop_scale, self.ratio)
         # uint8 in, uint8 out: the fast path of torch's resize on a CPU
-        picture = F.resized_crop(
-            picture, top, left, height, width, list(self.image_size), InterpolationMode.BICUBIC, antialias=True
+        image = F.resized_crop(
+            image, top, left, height, width, list(self.image_size), InterpolationMode.BICUBIC, antialias=True
         )
         if self.horizontal_flip and draws[0] < 0.5:
-            picture = F.horizontal_flip(picture)
-        return picture
+            image = F.horizontal_flip(image)
+        return image
 
-    def normalise(self, pictures: torch.Tensor) -> torch.Tensor:
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """float32, by mean and std, of one picture or several `(..., channels, height, width)`, on their device."""
-        if self._scale.device != pictures.device:
+        if self._scale.device != images.device:
             # Once: a copy at every step would have the host wait for the device.
             self._scale, self._scale_uint8, self._shift = (
-                numbers.to(pictures.device) for numbers in (self._scale, self._scale_uint8, self._shift)
+                numbers.to(images.device) for numbers in (self._scale, self._scale_uint8, self._shift)
             )
-        scale = self._scale_uint8 if pictures.dtype == torch.uint8 else self._scale
-        return pictures.to(torch.float32).mul(scale).add_(self._shift)
+        scale = self._scale_uint8 if images.dtype == torch.uint8 else self._scale
+        return images.to(torch.float32).mul(scale).add_(self._shift)

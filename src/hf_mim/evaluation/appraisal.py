@@ -159,7 +159,7 @@ class Appraisal:
     The verdict at each evaluation of a training: from labels where `feature_evaluation` has them, and without.
 
     Args:
-        pictures (`ImageDataset`): Held out; 1,024 of them are enough.
+        images (`ImageDataset`): Held out; 1,024 of them are enough.
         held_out: The same as the trainer evaluates them, see [`reconstruction_errors`].
         processor: The image processor.
         seed (`int`): Of the untrained network's weights.
@@ -170,7 +170,7 @@ class Appraisal:
 
     def __init__(
         self,
-        pictures: ImageDataset,
+        images: ImageDataset,
         held_out,
         processor,
         *,
@@ -182,7 +182,7 @@ class Appraisal:
         num_workers: int = 0,
         bf16: bool = False,
     ):
-        self.pictures = pictures
+        self.pictures = images
         self.held_out, self.processor, self.seed = held_out, processor, seed
         self.images_per_step, self.images_before, self.reference = images_per_step, images_before, reference
         self.feature_evaluation = feature_evaluation

@@ -167,9 +167,9 @@ class _Shelf:
 def _thumbnail(images: ImageDataset, row: int) -> str:
     """The image as a data URI; of one that has gone since its features were taken, a grey square."""
     try:
-        picture = images[row]
-        picture = picture / 255 if picture.dtype == torch.uint8 else picture.clamp(0, 1)
-        thumbnail = Image.fromarray(to_rgb(picture[None])[0])
+        image = images[row]
+        image = image / 255 if image.dtype == torch.uint8 else image.clamp(0, 1)
+        thumbnail = Image.fromarray(to_rgb(image[None])[0])
     except BrokenImageError:
         thumbnail = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "grey")
     thumbnail.thumbnail((_THUMBNAIL, _THUMBNAIL))

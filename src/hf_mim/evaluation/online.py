@@ -23,7 +23,7 @@ class OnlineEvaluation:
     that moment: no gradient reaches the encoder, and no classifier lags behind it, as one trained along would.
 
     Args:
-        pictures (`ImageSplits`): With labels.
+        images (`ImageSplits`): With labels.
         processor: The image processor: features are those of whole pictures, without augmentation.
         knn, linear (`bool`): Which of the two.
         pooling (`str`, *optional*): See [`blocks_read`]; [CLS] if None, the mean of the patches where there is none.
@@ -35,7 +35,7 @@ class OnlineEvaluation:
 
     def __init__(
         self,
-        pictures: ImageSplits,
+        images: ImageSplits,
         processor,
         *,
         knn: bool,
@@ -45,14 +45,14 @@ class OnlineEvaluation:
         bf16: bool = False,
         skip_broken: bool = False,
     ):
-        if isinstance(pictures.train, ImageStream):
+        if isinstance(images.train, ImageStream):
             raise ValueError(
                 "--eval_knn and --online_probe look at the training pictures again, which a stream does not allow: "
                 "leave out --streaming, or these two."
             )
-        self.train, self.test = labelled_splits(pictures, skip_broken=skip_broken)
+        self.train, self.test = labelled_splits(images, skip_broken=skip_broken)
         self.train_labels, self.test_labels = shared_labels(self.train, self.test, multi_label=True)
-        check_labelled(pictures, self.train_labels, "--eval_knn and --online_probe need them")
+        check_labelled(images, self.train_labels, "--eval_knn and --online_probe need them")
         # What is to be known of the numbers.
         self.notes = [
             note for label in self.train_labels for note in label_notes(label, self.train_labels, self.test_labels)
@@ -108,12 +108,12 @@ class OnlineEvaluation:
         return metrics, {pooling: test}, {pooling: answers}
 
 
-def check_labelled(pictures: ImageSplits, labels: dict, why: str) -> None:
+def check_labelled(images: ImageSplits, labels: dict, why: str) -> None:
     """Raises ValueError, which says what could be done, if `labels` (those of both splits) is empty."""
     if labels:
         return
-    train, test = (sorted(split.labels) or "none" for split in (pictures.train, pictures.validation))
+    train, test = (sorted(split.labels) or "none" for split in (images.train, images.validation))
     raise ValueError(
-        f"{pictures.train.source} has no labels that both splits share (training: {train}, held out: {test}), and "
+        f"{images.train.source} has no labels that both splits share (training: {train}, held out: {test}), and "
         f"{why}. Name the columns by --label_column_names, or give a folder with one sub-folder for each class."
     )

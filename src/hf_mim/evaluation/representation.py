@@ -21,12 +21,12 @@ def require_sklearn() -> None:
         ) from error
 
 
-def attention_pictures(pictures: torch.Tensor, attention: torch.Tensor) -> np.ndarray:
+def attention_pictures(images: torch.Tensor, attention: torch.Tensor) -> np.ndarray:
     """
     Where [CLS] looks: its attention, the mean of all heads, as heat over the picture in grey.
 
     Args:
-        pictures (`torch.Tensor` of shape `(n, channels, height, width)`): In [0, 1].
+        images (`torch.Tensor` of shape `(n, channels, height, width)`): In [0, 1].
         attention (`torch.Tensor` of shape `(n, heads, rows, columns)`): From `FeatureEncoder.cls_attention`.
 
     Returns:
@@ -37,9 +37,9 @@ def attention_pictures(pictures: torch.Tensor, attention: torch.Tensor) -> np.nd
     heat = attention.mean(dim=1, keepdim=True).float().cpu()
     low, high = heat.amin(dim=(1, 2, 3), keepdim=True), heat.amax(dim=(1, 2, 3), keepdim=True)
     heat = (heat - low) / (high - low).clamp(min=1e-12)
-    heat = nn.functional.interpolate(heat, size=pictures.shape[2:], mode="bilinear", align_corners=False)
+    heat = nn.functional.interpolate(heat, size=images.shape[2:], mode="bilinear", align_corners=False)
     colours = colormaps["inferno"](heat[:, 0].numpy())[..., :3]
-    grey = to_rgb(pictures).astype(np.float64).mean(axis=3, keepdims=True) / 255
+    grey = to_rgb(images).astype(np.float64).mean(axis=3, keepdims=True) / 255
     return (255 * (0.35 * grey + 0.65 * colours)).round().clip(0, 255).astype(np.uint8)
 
 
@@ -69,11 +69,11 @@ def patch_colours(patches: torch.Tensor, num_shown: int, size: tuple[int, int]) 
     return to_rgb(nn.functional.interpolate(colours, size=size, mode="nearest"))
 
 
-def enlarge(pictures: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def enlarge(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Pictures (n, channels, height, width) in [0, 1] at another size; by whole multiples without blurring."""
-    if all(new % old == 0 for new, old in zip(size, pictures.shape[2:], strict=True)):
-        return nn.functional.interpolate(pictures, size=size, mode="nearest")
-    return nn.functional.interpolate(pictures, size=size, mode="bilinear", antialias=True, align_corners=False)
+    if all(new % old == 0 for new, old in zip(size, images.shape[2:], strict=True)):
+        return nn.functional.interpolate(images, size=size, mode="nearest")
+    return nn.functional.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
 def embed_tsne(features: torch.Tensor, seed: int = 0) -> np.ndarray:

@@ -62,10 +62,10 @@ def check(data_args: DataArguments, args: CheckArguments) -> int:
     """
     if data_args.streaming:
         raise ValueError("What is checked is gone through in no order: leave out --streaming.")
-    pictures = load_images(replace(data_args, max_train_samples=None, max_eval_samples=None))
+    images = load_images(replace(data_args, max_train_samples=None, max_eval_samples=None))
     found = {
         name: inspect_images(split, num_workers=args.num_workers, max_named=args.max_listed)
-        for name, split in (("Training", pictures.train), ("Held out", pictures.validation))
+        for name, split in (("Training", images.train), ("Held out", images.validation))
     }
     for name, inspection in found.items():
         for line in describe(name, inspection, args.max_listed):
@@ -86,15 +86,15 @@ def check(data_args: DataArguments, args: CheckArguments) -> int:
 
 def describe(name: str, found: Inspection, max_listed: int) -> list[str]:
     """What is said of one split, line by line."""
-    pictures = found.pictures
-    lines = [f"\n{name}: {len(pictures)} pictures of {pictures.source}"]
+    images = found.pictures
+    lines = [f"\n{name}: {len(images)} pictures of {images.source}"]
     readable = found.heights > 0
     for side, values in (("height", found.heights[readable]), ("width", found.widths[readable])):
         if len(values):
             lines.append(f"  {side}: {values.min()} to {values.max()}, median {np.median(values):g}")
     lines += [f"  stored as {form}: {number}" for form, number in found.forms.most_common()]
-    for label, column in pictures.labels.items():
-        lines += _describe_label(label, column, pictures.label_names[label], max_listed)
+    for label, column in images.labels.items():
+        lines += _describe_label(label, column, images.label_names[label], max_listed)
     for kind, messages in found.faults.items():
         if messages:
             lines += [f"  {_TITLES[kind]}: {len(messages)}", *_listed(messages, max_listed)]

@@ -62,9 +62,9 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu",
     if not hold_out:
         args = replace(args, skip_broken_images=True)
     with PartialState().main_process_first():
-        pictures = load_images(args, seed=seed) if hold_out else load_all_images(args)
-    train = pictures.train if hold_out else pictures
-    for split in (pictures.validation, train) if hold_out else (train,):
+        images = load_images(args, seed=seed) if hold_out else load_all_images(args)
+    train = images.train if hold_out else images
+    for split in (images.validation, train) if hold_out else (train,):
         try:
             first = check_images(split, skip_broken=args.skip_broken_images)
         except BrokenImageError:
@@ -72,15 +72,15 @@ def load_subject(path: str, args: DataArguments, *, seed: int = 0, device="cpu",
         except ValueError as error:
             raise ValueError(f"{path} takes pictures of {config.num_channels} channels. {error}") from error
     if hold_out and args.skip_broken_images:
-        pictures = ImageSplits(without_broken(pictures.train), without_broken(pictures.validation))
-        train = pictures.train
+        images = ImageSplits(without_broken(images.train), without_broken(images.validation))
+        train = images.train
     if saved is not None and args.image_mean is None:
         mean, std = list(saved.image_mean), list(saved.image_std)
     else:
         mean, std = resolve_mean_std(args, train, read_normalization(path))
     if saved is None or asked:
         saved = build_image_processor(size, config.num_channels, mean, std, floating_point=first.is_floating_point())
-    return Subject(path, encoder.to(device), pictures, saved, size, mean, std)
+    return Subject(path, encoder.to(device), images, saved, size, mean, std)
 
 
 def name_data(path: str) -> str:

@@ -81,16 +81,16 @@ def _pack(data_args: DataArguments, args: PackArguments, folder: Path) -> int:
     train, validation = open_splits(data_args, seed=0)
     splits = {"train": train} | ({} if validation is None else {"validation": validation})
     index = {"format": FORMAT, "short_side": args.short_side, "splits": {}, "broken": [], "labels": {}}
-    if any(isinstance(pictures, ImageStream) for pictures in splits.values()):
+    if any(isinstance(images, ImageStream) for images in splits.values()):
         raise ValueError("What is packed is read by index, and this is a stream.")
-    expected = {path for name, pictures in splits.items() for path in _shards(folder, name, len(pictures), args)}
+    expected = {path for name, images in splits.items() for path in _shards(folder, name, len(images), args)}
     # A reader of the folder would take them for the new ones, or read both.
     for path in sorted(set(folder.glob("*.parquet")) - expected):
         raise ValueError(f"{path} is of other pictures or settings: choose another folder, or delete it.")
-    for name, pictures in splits.items():
-        pictures.max_image_pixels = data_args.max_image_pixels
-        index["labels"] |= pictures.label_names
-        shards, broken = _pack_split(folder, name, pictures, args)
+    for name, images in splits.items():
+        images.max_image_pixels = data_args.max_image_pixels
+        index["labels"] |= images.label_names
+        shards, broken = _pack_split(folder, name, images, args)
         index["splits"][name] = shards
         index["broken"] += broken
     write_json(folder / INDEX, index)
@@ -102,34 +102,34 @@ def _pack(data_args: DataArguments, args: PackArguments, folder: Path) -> int:
     return 0
 
 
-def _shards(folder: Path, name: str, num_pictures: int, args: PackArguments) -> list[Path]:
-    number = -(-num_pictures // args.rows_per_shard)
+def _shards(folder: Path, name: str, num_images: int, args: PackArguments) -> list[Path]:
+    number = -(-num_images // args.rows_per_shard)
     return [folder / f"{name}-{shard:05}-of-{number:05}.parquet" for shard in range(number)]
 
 
-def _describe(pictures: ImageDataset, args: PackArguments) -> dict:
+def _describe(images: ImageDataset, args: PackArguments) -> dict:
     """What decides what is in the shards, by which one of an interrupted command is known again."""
-    labels = hashlib.sha256(json.dumps(pictures.label_names, sort_keys=True).encode())
-    for name, column in sorted(pictures.labels.items()):
+    labels = hashlib.sha256(json.dumps(images.label_names, sort_keys=True).encode())
+    for name, column in sorted(images.labels.items()):
         labels.update(name.encode() + np.ascontiguousarray(column).tobytes())
     return {
-        "pictures": pictures.content_fingerprint(),
+        "pictures": images.content_fingerprint(),
         "labels": labels.hexdigest(),
-        "max_image_pixels": pictures.max_image_pixels,
+        "max_image_pixels": images.max_image_pixels,
         "short_side": args.short_side,
         "rows": args.rows_per_shard,
     }
 
 
-def _pack_split(folder: Path, name: str, pictures: ImageDataset, args: PackArguments) -> tuple[list[dict], list[str]]:
+def _pack_split(folder: Path, name: str, images: ImageDataset, args: PackArguments) -> tuple[list[dict], list[str]]:
     import pyarrow.parquet as pq
 
-    of = _describe(pictures, args)
+    of = _describe(images, args)
     shards, broken = [], []
-    for shard, path in enumerate(_shards(folder, name, len(pictures), args)):
-        rows = np.arange(shard * args.rows_per_shard, min((shard + 1) * args.rows_per_shard, len(pictures)))
+    for shard, path in enumerate(_shards(folder, name, len(images), args)):
+        rows = np.arange(shard * args.rows_per_shard, min((shard + 1) * args.rows_per_shard, len(images)))
         if not path.is_file():
-            _write_shard(path, pictures.select(rows), of, args)
+            _write_shard(path, images.select(rows), of, args)
         told = json.loads(pq.read_schema(path).metadata[b"hf_mim"])
         if told["of"] != of:
             raise ValueError(f"{path} is of other pictures or settings: choose another folder, or delete it.")
@@ -160,12 +160,12 @@ def _write_shard(path: Path, pictures: ImageDataset, of: dict, args: PackArgumen
         pq.write_table(table, temporary, row_group_size=GROUP_ROWS, compression="none", use_dictionary=False)
 
 
-def _features(pictures: ImageDataset):
+def _features(images: ImageDataset):
     from datasets import ClassLabel, Features, Image, List, Value
 
     features = {"image": Image()}
-    for name, column in pictures.labels.items():
-        classes = pictures.label_names.get(name)
+    for name, column in images.labels.items():
+        classes = images.label_names.get(name)
         kind = Value("int64") if classes is None else ClassLabel(names=classes)
         features[name] = List(kind) if column.ndim == 2 else kind
     return Features(features)
@@ -181,14 +181,14 @@ def _label_values(column: np.ndarray) -> list:
 class _Encoded(Dataset):
     """The bytes of a file for each picture, its name, and None; or what is wrong with it in the place of None."""
 
-    def __init__(self, pictures: ImageDataset, short_side: int | None):
-        self.pictures, self.short_side = pictures, short_side
+    def __init__(self, images: ImageDataset, short_side: int | None):
+        self.images, self.short_side = images, short_side
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[bytes | None, str, str | None]:
-        name = self.pictures.name(index)
+        name = self.images.name(index)
         try:
             return self._encode(index, name), os.path.basename(name), None
         except BrokenImageError as error:
@@ -197,9 +197,9 @@ class _Encoded(Dataset):
     def _encode(self, index: int, name: str) -> bytes:
         from PIL import Image
 
-        value = self.pictures.stored(index)
-        limits = {"name": name, "max_image_pixels": self.pictures.max_image_pixels}
-        picture = read_image(value, self.pictures.num_channels, **limits)
+        value = self.images.stored(index)
+        limits = {"name": name, "max_image_pixels": self.images.max_image_pixels}
+        picture = read_image(value, self.images.num_channels, **limits)
         if picture.is_floating_point():
             raise ValueError(f"{name}: has more than 8 bits a channel, which packing would lose.")
         height, width = picture.shape[1:]

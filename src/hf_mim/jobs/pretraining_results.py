@@ -28,7 +28,7 @@ from ..training.trainer import MIMTrainer
 def write_results(
     trainer,
     data_args,
-    pictures: ImageSplits,
+    images: ImageSplits,
     results: dict | None,
     verdict: Verdict | None,
     reconstructions: Path | None,
@@ -49,7 +49,7 @@ def write_results(
         drawn += [folder / DENSE_PICTURE] if "dense" in results else []
         say("\n" + format_results(results))
     name = trainer.args.hub_model_id or str(folder)
-    write_card(folder, name, config, describe_training(trainer, data_args, pictures, stages), results, verdict)
+    write_card(folder, name, config, describe_training(trainer, data_args, images, stages), results, verdict)
     if verdict is not None:
         say(f"\n{verdict}")
     load = f"AutoModel.from_pretrained({str(folder)!r})"
@@ -63,7 +63,7 @@ def write_results(
 def evaluate(
     folders: dict[str, str],
     config,
-    pictures: ImageSplits,
+    images: ImageSplits,
     processor,
     args,
     *,
@@ -77,7 +77,7 @@ def evaluate(
 
     None where the training data is a stream, which cannot be gone through again. Each process takes its share.
     """
-    if isinstance(pictures.train, ImageStream):
+    if isinstance(images.train, ImageStream):
         return None
     networks = {}
     if args.references:
@@ -90,7 +90,7 @@ def evaluate(
     poolings = encoders[next(iter(folders))].poolings
     if args.references:
         encoders = {RAW_PIXELS: RawPixels()} | encoders
-    splits = labelled_splits(pictures)
+    splits = labelled_splits(images)
     how = {"num_workers": args.dataloader_num_workers, "bf16": args.bf16}
     features = [extract_features(encoders, split, processor, poolings, **how) for split in splits]
     labels = shared_labels(*splits, multi_label=True)
@@ -122,13 +122,13 @@ def format_results(results: dict) -> str:
     return "\n\n".join(f"{what}\n{text_table(rows)}" for what, rows in described_tables(results))
 
 
-def describe_stage(trainer: MIMTrainer, pictures: ImageSplits) -> str:
+def describe_stage(trainer: MIMTrainer, images: ImageSplits) -> str:
     """What is trained, on what, and how."""
     args, model = trainer.args, trainer.model
     stage = "" if trainer.stage is None else f"Stage {trainer.stage} (the last is {args.num_stages - 1}). "
     (height, width), (patch_height, patch_width) = as_pair(model.config.image_size), as_pair(model.config.patch_size)
     return (
-        f"{stage}{method_name(model.config.model_type)}: {count_parameters(model)}; {describe_data(pictures)} of "
+        f"{stage}{method_name(model.config.model_type)}: {count_parameters(model)}; {describe_data(images)} of "
         f"{height} x {width} pixels, in patches of {patch_height} x {patch_width}; effective batch "
         f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {args.precision} on {args.device}."
     )
@@ -140,19 +140,19 @@ def count_parameters(model) -> str:
     return f"{encoder / 1e6:.1f} M parameters in the encoder, {trained / 1e6:.1f} M trained"
 
 
-def describe_data(pictures: ImageSplits) -> str:
-    if isinstance(pictures.train, ImageStream):
-        return f"a stream of training pictures, {len(pictures.validation)} held out"
-    return f"{len(pictures.train)} training and {len(pictures.validation)} held-out pictures"
+def describe_data(images: ImageSplits) -> str:
+    if isinstance(images.train, ImageStream):
+        return f"a stream of training pictures, {len(images.validation)} held out"
+    return f"{len(images.train)} training and {len(images.validation)} held-out pictures"
 
 
-def describe_training(trainer, data_args, pictures: ImageSplits, stages) -> dict[str, str]:
+def describe_training(trainer, data_args, images: ImageSplits, stages) -> dict[str, str]:
     """The settings that the model card tells."""
     several = {"stages": f"{len(stages)}; what follows is of the last"} if len(stages) > 1 else {}
     run = trainer.run_record["decides"]
     return several | {
         "start": run["start"],
-        "data": f"{data_args.dataset_name or data_args.train_dir or 'scenes (embedded)'}, {describe_data(pictures)}",
+        "data": f"{data_args.dataset_name or data_args.train_dir or 'scenes (embedded)'}, {describe_data(images)}",
         "steps": f"{trainer.state.global_step}, of {run['effective_batch_size']} pictures",
         "peak learning rate": f"{run['learning_rate']:.3g}, {run['lr_scheduler_type']}; weight decay "
         f"{run['weight_decay']:g}",

@@ -39,7 +39,7 @@ def images_before(stages: list[MIMTrainingArguments], stage: int) -> int:
 
 def appraise(
     trainer: MIMTrainer,
-    pictures: ImageDataset,
+    images: ImageDataset,
     held_out,
     processor,
     *,
@@ -51,9 +51,9 @@ def appraise(
     args = trainer.args
     if args.fsdp_plugin_args is not None:
         return None
-    pictures = pictures.select(spread_indices(len(pictures), MAX_PICTURES))
+    images = images.select(spread_indices(len(images), MAX_PICTURES))
     trainer.appraisal = Appraisal(
-        without_broken(pictures) if skip_broken else pictures,
+        without_broken(images) if skip_broken else images,
         held_out,
         processor,
         seed=args.seed,

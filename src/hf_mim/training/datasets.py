@@ -25,9 +25,9 @@ class HeldOutTransform:
         self.transform = evaluation_transform(processor, num_channels)
         self.num_patches, self.seed = num_patches, seed
 
-    def __call__(self, picture: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
+    def __call__(self, image: torch.Tensor, epoch: int, index: int) -> dict[str, torch.Tensor]:
         noise = sample_generator(self.seed, 0, index).random(self.num_patches, dtype="float32")
-        return {"pixel_values": self.transform(picture), "noise": torch.from_numpy(noise)}
+        return {"pixel_values": self.transform(image), "noise": torch.from_numpy(noise)}
 
 
 class TransformedDataset(Dataset):

@@ -73,8 +73,8 @@ def _generate(parts, split, seed, image_size):
 
     for start, stop in parts:
         for index in range(start, stop):
-            picture, labels = render_scene(index, split=split, seed=seed, image_size=image_size)
+            image, labels = render_scene(index, split=split, seed=seed, image_size=image_size)
             file = io.BytesIO()
             # Light compression: three times as fast as the default, and about a tenth larger.
-            Image.fromarray(picture).save(file, format="PNG", compress_level=1)
+            Image.fromarray(image).save(file, format="PNG", compress_level=1)
             yield {"image": {"path": None, "bytes": file.getvalue()}, **labels}

@@ -67,6 +67,6 @@ def _draw(scene: Scene, height: int, width: int) -> np.ndarray:
     for channel, color in zip(light, shade(scene, solid, normal, point, lamp_color, sky_color), strict=True):
         channel += np.bincount(pixel, weights=cover * color, minlength=pixels)
     light *= np.float32((_TONES - 1) / _WHITE)
-    picture = np.empty((pixels, 3), dtype=np.uint8)
-    picture.T[:] = _TONE_TABLE.take(light.astype(np.intp), mode="clip")
-    return picture.reshape(height, width, 3)
+    image = np.empty((pixels, 3), dtype=np.uint8)
+    image.T[:] = _TONE_TABLE.take(light.astype(np.intp), mode="clip")
+    return image.reshape(height, width, 3)
