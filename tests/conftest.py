@@ -1,5 +1,6 @@
 """Settings of all tests: nothing is fetched, whatever a library would like to look up."""
 
+import gc
 import os
 import re
 from pathlib import Path
@@ -18,6 +19,16 @@ def pytest_configure(config):
         code = (Path(source) / "tests" / "test_modeling_common.py").read_text(encoding="utf-8")
         for name in set(re.findall(r"@(?:pytest\.)?mark\.(\w+)", code)):
             config.addinivalue_line("markers", f"{name}: of transformers")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def less_garbage_to_look_through():
+    """
+    At each training's end accelerate collects garbage, and so does each job: half of a tiny run, for all that torch,
+    transformers and the tests have in memory for good.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

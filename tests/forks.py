@@ -9,8 +9,9 @@ from tiny_training import started
 
 # Of hf_mim and transformers nothing is imported yet: what is, and in which order, each piece of code decides.
 _SERVER = """
-import json, os, sys, tempfile, traceback
+import gc, json, os, sys, tempfile, traceback
 import torch, torch._dynamo
+gc.freeze()
 for line in sys.stdin:
     read, write = os.pipe()
     errors = tempfile.TemporaryFile("w+")
@@ -57,9 +58,10 @@ def open_forks() -> Iterator[Forks]:
 
 # As torchrun: where one process fails the others are ended.
 _LAUNCHER = """
-import json, os, runpy, signal, socket, sys, tempfile, time, traceback
+import gc, json, os, runpy, signal, socket, sys, tempfile, time, traceback
 import torch, torch._dynamo
 import hf_mim.jobs.linear_probe, hf_mim.jobs.pretraining
+gc.freeze()
 
 def begin(command, number, rank, port, out, err):
     if child := os.fork():

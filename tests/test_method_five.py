@@ -7,7 +7,7 @@ import pytest
 
 from hf_mim.models.method import Method
 from hf_mim.registry import METHODS, RECORDS, add_method
-from tiny_training import FLAGS, run, write_pictures
+from tiny_training import FLAGS, write_pictures
 
 RECORD = """
 from hf_mim.models.method import Method
@@ -85,7 +85,7 @@ assert type(AutoModel.from_pretrained(out)).__module__ == "toys.toy.modeling_toy
 """
 
 
-def test_a_toy_method_trains_is_told_and_loads(tmp_path):
+def test_a_toy_method_trains_is_told_and_loads(tmp_path, processes):
     folder = tmp_path / "toys" / "toy"
     folder.mkdir(parents=True)
     for name, text in (("method", RECORD), ("configuration_toy", CONFIGURATION), ("modeling_toy", MODELING)):
@@ -93,7 +93,7 @@ def test_a_toy_method_trains_is_told_and_loads(tmp_path):
     (tmp_path / "run.py").write_text(RUN)
     data = write_pictures(tmp_path / "data", 12)
     flags = [*FLAGS, "--max_steps=2", "--save_strategy=no", "--references=false"]
-    result = run([str(tmp_path / "run.py"), *flags, str(data), str(tmp_path / "out"), str(tmp_path / "c")])
+    result = processes([str(tmp_path / "run.py"), *flags, str(data), str(tmp_path / "out"), str(tmp_path / "c")])
     assert result.returncode == 0, result.stderr
     assert "TOY: " in result.stdout
     card = (tmp_path / "out" / "README.md").read_text()

@@ -86,12 +86,15 @@ def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     names = sorted({name for log in log_history for name in log if name == "loss" or name.startswith("loss_")})
     if sum("loss" in log for log in log_history) < 2:
         return False
-    figure, panels = plt.subplots(1, len(names), figsize=(4 * len(names), 3.2), squeeze=False, layout="constrained")
+    number = len(names)
+    figure, panels = plt.subplots(1, number, figsize=(4 * number, 3.2), squeeze=False)
+    # Fixed margins, in inches: a layout by what is drawn takes as long as drawing it, at each end of a run.
+    figure.subplots_adjust(0.55 / (4 * number), 0.5 / 3.2, 1 - 0.1 / (4 * number), 1 - 0.35 / 3.2, wspace=0.2)
     for panel, name in zip(panels[0], names, strict=True):
         for key, label in ((name, "training"), (f"eval_{name}", "held out")):
             points = [(log["step"], log[key]) for log in log_history if key in log]
@@ -103,9 +106,9 @@ def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
             panel.set_yscale("log")
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter(NullFormatter())
+            panel.yaxis.set_minor_locator(NullLocator())
         panel.grid(alpha=0.3)
-        panel.legend(frameon=False)
+        panel.legend(frameon=False, loc="upper right")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=110)
     plt.close(figure)
