@@ -192,6 +192,9 @@ class TestEveryMethod:
             classifier = method_class(method, "ForImageClassification").from_pretrained(folder)
             folder = tmp_path / "classifier"
             classifier.save_pretrained(folder)
+        told, info = method_class(method, "ForPreTraining").from_pretrained(folder, output_loading_info=True)
+        assert {key.split(".")[0] for key in info["missing_keys"]} >= set(TINY[method].besides_encoder)
+        assert_frozen(told)
         model = method_class(method, "ForPreTraining").from_pretrained(folder, initialize_missing=True)
         assert_same_state(model.encoder.state_dict(), encoder.state_dict())
         assert_frozen(model)

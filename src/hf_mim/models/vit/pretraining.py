@@ -153,11 +153,13 @@ class PreTrainingMixin:
                 checkpoint that holds only an encoder) is initialised anew.
 
         Raises:
-            ValueError: If the checkpoint lacks weights and `initialize_missing` is False.
+            ValueError: If the checkpoint lacks weights and `initialize_missing` is False; not where the caller is told
+                which, by `output_loading_info`, or gives the weights and no checkpoint.
         """
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = model.fill_missing(set(info["missing_keys"]))
-        if missing and not initialize_missing:
+        is_told = output_loading_info or pretrained_model_name_or_path is None
+        if missing and not initialize_missing and not is_told:
             parts = sorted({name.split(".")[0] for name in missing})
             raise ValueError(
                 f"{pretrained_model_name_or_path} is not a complete pretraining checkpoint of {cls.__name__}: it has "
