@@ -69,8 +69,8 @@ def plain_message(error: Exception) -> str | None:
     ):
         return (
             "The system ended a process that loads data, most likely for want of memory "
-            f"({text.splitlines()[0].rstrip('. ')}). Give fewer --dataloader_num_workers; the same command goes on "
-            "from the last checkpoint."
+            f"({text.splitlines()[0].rstrip('. ')}). Give fewer --dataloader_num_workers (of `hf_mim check`, `embed` "
+            "and `pack` --num_workers); the same command goes on from what is finished."
         )
     before_training = Trainer.train.__code__ not in frames
     if isinstance(error, BrokenImageError):
