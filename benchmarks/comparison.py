@@ -66,15 +66,20 @@ METHODS = {
     "MAE, 2,000,000 images": ["--model_type=vit_mae"],
     "PiLaMIM, 2,000,000 images": ["--model_type=pilamim"],
     "OCL, 2,000,000 images": ["--model_type=ocl"],
+    "MAE, mini": ["--model_type=vit_mae", "--preset=mini"],
+    "PiLaMIM, mini": ["--model_type=pilamim", "--preset=mini"],
 }
-# An untrained network of the same size, trained with labels.
-SUPERVISED = "supervised"
+# An untrained network of the same size, trained with labels; flags of run_image_classification.py.
+SUPERVISED = {"supervised": [], "supervised, mini": ["--preset=mini"]}
 UNTRAINED = "untrained"
 # Images per step, whatever the data.
 BATCH_SIZES = {"OCL": 256, "OCL, 64 a step": 64, "OCL, 2,000,000 images": 256}
 _SHORT = ["dBOT (2 stages, first teacher PiLaMIM)"]
 _CURVES = ["dBOT (2 stages, first teacher MAE)", "OCL, 64 a step"]
 _LONG = [name for name in METHODS if name.endswith("images")]
+_MINI = [name for name in (*METHODS, *SUPERVISED) if name.endswith("mini")]
+# Dear: one seed of each, after all others, and not fine-tuned.
+_LAST = (*_LONG, *_MINI)
 
 
 @dataclass(frozen=True)
@@ -97,13 +102,13 @@ def _few(number: int, epochs: int) -> list[str]:
     return [f"--max_train_samples={number}", f"--num_train_epochs={epochs}"]
 
 
-_BASE = [name for name in METHODS if name not in (*_SHORT, *_CURVES, *_LONG)]
+_BASE = [name for name in METHODS if name not in (*_SHORT, *_CURVES, *_LAST)]
 _HALVES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 DATA = {
     "cifar10": Data(
         500_000,
         0.2,
-        (*_BASE, *_CURVES, SUPERVISED, *_LONG),
+        (*_BASE, *_CURVES, "supervised", *_LAST),
         {
             "1%": [*_few(500, 50), "--per_device_train_batch_size=32"],
             "10%": _few(5000, 20),
@@ -128,7 +133,6 @@ DATA = {
         {"4000": _few(4000, 5), "1%": [*_few(600, 20), "--per_device_train_batch_size=32"]},
     ),
 }
-_ONE_SEED = set(_LONG)
 
 
 @dataclass(frozen=True)
@@ -176,13 +180,12 @@ def all_cells(args) -> list[Cell]:
     cells = []
     for seed in args.seeds:
         for data in args.data:
-            methods = [m for m in DATA[data].methods if m in args.methods and (m not in _ONE_SEED or seed == 0)]
+            methods = [m for m in DATA[data].methods if m in args.methods and (m not in _LAST or seed == 0)]
             cells += [Cell(data, method, seed) for method in methods]
             if args.finetune:
-                tuned = [UNTRAINED, *(m for m in methods if m != SUPERVISED and m not in _LONG)]
+                tuned = [UNTRAINED, *(m for m in methods if m not in (*SUPERVISED, *_LAST))]
                 cells += [Cell(data, method, seed, labels) for method in tuned for labels in DATA[data].labels]
-    # The long ones last.
-    return sorted(cells, key=lambda cell: cell.method in _LONG)
+    return sorted(cells, key=lambda cell: cell.method in _LAST)
 
 
 def data_flags(data: str, args) -> list[str]:
@@ -320,6 +323,7 @@ def supervise(cell: Cell, args) -> list[dict]:
     flags = [*data_flags(cell.data, args), "--model_type=pilamim", f"--seed={cell.seed}", f"--max_steps={steps}"]
     flags += [f"--per_device_train_batch_size={batch}", "--max_eval_samples=4000", *_label_flags(cell)]
     flags += ["--eval_strategy=steps", f"--eval_steps={every}", "--save_strategy=steps", f"--save_steps={every}"]
+    flags += SUPERVISED[cell.method]
     run("run_image_classification.py", [*flags, f"--output_dir={cell.folder(args)}"], args)
     history = json.loads((cell.folder(args) / "trainer_state.json").read_text())["log_history"]
     pace = images_per_second(cell.folder(args))
@@ -395,7 +399,7 @@ def run_cells(cells: list[Cell], args) -> None:
             return
         start = time.monotonic()
         print(f"starting: {cell.name}", flush=True)
-        work = finetune if cell.labels else supervise if cell.method == SUPERVISED else pretrain
+        work = finetune if cell.labels else supervise if cell.method in SUPERVISED else pretrain
         results_table.append(work(cell, args), args.results)
         print(f"done: {cell.name}, {time.monotonic() - start:.0f} s", flush=True)
 
@@ -411,7 +415,7 @@ def write_all(args) -> None:
     for data in found:
         if len(DATA[data].points) > 1:
             path = args.results.with_name(f"comparison_{data}.png")
-            results_table.draw_curves(rows, data, DATA[data].label, path, [*METHODS, SUPERVISED])
+            results_table.draw_curves(rows, data, DATA[data].label, path, [*METHODS, *SUPERVISED])
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -421,7 +425,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--fashion_mnist", type=Path, help="Folder of the idx files; left out: not compared on.")
     parser.add_argument("--cifar10", type=Path, help="Folder of train.parquet and test.parquet; left out: likewise.")
     parser.add_argument("--data", nargs="+", default=["cifar10", "scenes", "fashion_mnist"], choices=list(DATA))
-    parser.add_argument("--methods", nargs="+", default=[*METHODS, SUPERVISED], choices=[*METHODS, SUPERVISED])
+    parser.add_argument("--methods", nargs="+", default=[*METHODS, *SUPERVISED], choices=[*METHODS, *SUPERVISED])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--images", type=int, help="Seen by each cell. Default: 500,000 (CIFAR-10), 60,000 (others).")
     parser.add_argument("--hours", type=float, default=24.0, help="No cell is started after so many hours.")

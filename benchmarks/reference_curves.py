@@ -14,14 +14,16 @@ import results_table
 from hf_mim.files import write_json
 
 PATH = results_table.REPOSITORY / "src" / "hf_mim" / "evaluation" / "reference_curves.json"
-# Methods of the comparison that are the presets as they are.
-MODEL_TYPES = {
-    "MAE": "vit_mae",
-    "PiLaMIM": "pilamim",
-    "OCL": "ocl",
-    "TEC (base: MAE)": "tec",
-    "dBOT (2 stages)": "dbot",
-    "I-JEPA": "ijepa",
+# Methods of the comparison that are the presets as they are: preset and model_type.
+PRESETS = {
+    "MAE": ("tiny", "vit_mae"),
+    "PiLaMIM": ("tiny", "pilamim"),
+    "OCL": ("tiny", "ocl"),
+    "TEC (base: MAE)": ("tiny", "tec"),
+    "dBOT (2 stages)": ("tiny", "dbot"),
+    "I-JEPA": ("tiny", "ijepa"),
+    "MAE, mini": ("mini", "vit_mae"),
+    "PiLaMIM, mini": ("mini", "pilamim"),
 }
 _SCORES = {"k-NN": "k-NN accuracy", "linear": "linear accuracy"}
 
@@ -38,15 +40,19 @@ def curves_of(rows: list[dict]) -> list[dict]:
     for (method, score, images, _), found in values.items():
         curve = means[method, score]
         curve[images] = max(curve.get(images, 0.0), round(statistics.mean(found), 2))
+    # The comparison's untrained network is tiny's.
+    starts = {("tiny", score): means["untrained", score] for score in _SCORES}
     return [
         {
-            "preset": "tiny",
+            "preset": preset,
             "model_type": model_type,
             "data": "CIFAR-10",
             "metric": name,
-            "points": [list(point) for point in sorted((means["untrained", score] | means[method, score]).items())],
+            "points": [
+                list(point) for point in sorted((starts.get((preset, score), {}) | means[method, score]).items())
+            ],
         }
-        for method, model_type in MODEL_TYPES.items()
+        for method, (preset, model_type) in PRESETS.items()
         for score, name in _SCORES.items()
         if means.get((method, score))
     ]

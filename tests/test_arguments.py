@@ -344,7 +344,7 @@ class TestConfigOfFlags:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--preset=gigantic"], "preset is 'gigantic'; expected one of tiny, small"),
+            (["--preset=gigantic"], "preset is 'gigantic'; expected one of tiny, mini, small"),
             (["--model_type=mae"], "model_type is 'mae'; expected one of pilamim, ocl"),
             (["--config_overrides=hidden_sise=3"], "PiLaMIMConfig has no field hidden_sise"),
             (["--config_overrides=hidden_size"], "expected name=value"),
@@ -466,6 +466,19 @@ class TestPlainMessages:
         message = plain_message(raised(trainer.train))
         assert message is not None and "Traceback" not in message and "\n" not in message
         assert "7" in message
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_mini_is_between_tiny_and_small(method):
+    """In width, decoder and all; and of the same schedule as tiny but for its length."""
+    sizes = [preset_config(method, preset, (32, 32), [4]) for preset in ("tiny", "mini", "small")]
+    for name in ("hidden_size", "decoder_hidden_size", "predictor_hidden_size"):
+        widths = [fields[name] for fields in sizes if name in fields]
+        assert widths == sorted(set(widths)), name
+    assert sizes[0].keys() - {"adapter_group_size"} <= sizes[1].keys()
+    tiny, mini = (preset_training(preset, method) for preset in ("tiny", "mini"))
+    assert mini["num_train_epochs"] > tiny["num_train_epochs"]
+    assert mini["per_device_train_batch_size"] == tiny["per_device_train_batch_size"]
 
 
 class TestTinyPatches:

@@ -135,6 +135,37 @@ class TestCells:
         for place, cell in enumerate(cells):
             assert cell.needs() is None or cell.needs() in cells[:place], cell.name
 
+    def test_fine_tuned_beside_training_from_scratch(self, tmp_path, monkeypatch):
+        """A cell for each number of labels, of each network and of an untrained one; none of the dear ones."""
+        args = self.arguments(tmp_path, "--finetune", "--seeds=0", "--methods", "MAE", "MAE, mini", "supervised")
+        args.data, args.cifar10 = ["cifar10"], tmp_path
+        cells = [cell for cell in comparison.all_cells(args) if cell.labels]
+        assert {(cell.method, cell.labels) for cell in cells} == {
+            (method, labels) for method in ("untrained", "MAE") for labels in ("1%", "10%", "all")
+        }
+        calls = []
+
+        def run(script, flags, args):
+            calls.append((script, flags))
+            output = (
+                tmp_path / "cifar10" / "0" / ("MAE-1" if any("name_or_path" in f for f in flags) else "untrained-1")
+            )
+            output.mkdir(parents=True)
+            (output / "results.json").write_text('{"accuracy": 41.5}')
+            return 7.4
+
+        monkeypatch.setattr(comparison, "run", run)
+        for method in ("untrained", "MAE"):
+            rows = comparison.finetune(Cell("cifar10", method, 0, "1%"), args)
+            assert [(r["metric"], r["value"]) for r in rows] == [("fine-tuned/1%", 41.5), ("seconds/fine-tuned/1%", 7)]
+        (_, scratch), (_, tuned) = calls
+        # The same but for where it starts.
+        start = f"--model_name_or_path={tmp_path / 'cifar10' / '0' / 'MAE'}"
+        assert [f for f in tuned if not f.startswith("--output_dir")] == [
+            start if f.startswith("--model_type") else f for f in scratch if not f.startswith("--output_dir")
+        ]
+        assert "--max_train_samples=500" in tuned and "--label_column_name=label" in tuned
+
     @pytest.mark.parametrize("steps", [7812, 16, 1953, 8])
     def test_what_is_looked_at_is_a_checkpoint(self, steps):
         every, points = comparison.curve(comparison.DATA["cifar10"].points, steps)

@@ -209,4 +209,7 @@ def test_what_cannot_be_evaluated_is_said_and_the_rest_is():
     others = {"rare": torch.full((60,), 7)}
     others["rare"][0] = 1
     notes = evaluate_features(features, features, {"rare": labels["rare"]}, others)["notes"]
-    assert "1 classes of 'rare' have no training picture, and cannot be told." in notes
+    assert notes[:2] == [
+        "1 classes of 'rare' have no training picture, and cannot be told.",
+        "1 classes of 'rare' have fewer training pictures than the 20 neighbours of k-NN.",
+    ]

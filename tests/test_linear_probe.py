@@ -294,6 +294,20 @@ class TestScript:
         assert "multiple of the patches" in fails(encoder, folder, out, "--image_size=18")
         assert "needs 9 blocks" in fails(encoder, folder, out, "--pooling=last_9")
         assert not out.exists()
+        broken = hf_mim.PiLaMIMModel.from_pretrained(encoder)
+        next(broken.parameters()).data.fill_(float("nan"))
+        broken.save_pretrained(tmp_path / "broken")
+        assert "are not finite: there is nothing to probe" in fails(tmp_path / "broken", folder, out)
+
+    def test_what_the_numbers_do_not_tell_is_said(self, encoder, tmp_path, capsys):
+        for place in ("train/a", "train/b", "same/b"):
+            write_pictures(tmp_path / place, 8)
+        given = self.flags(encoder, tmp_path / "train", tmp_path / "out", f"--validation_dir={tmp_path / 'same'}")
+        assert main([flag for flag in given if "validation_fraction" not in flag]) == 0
+        note = "All held-out pictures have the same 'label': how often it is told says nothing."
+        assert note in capsys.readouterr().out
+        found = self.results(tmp_path / "out")
+        assert found["notes"] == [note] and len(found["results"]["label"]) == 2
 
 
 class TestCLEVR:

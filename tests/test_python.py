@@ -301,6 +301,8 @@ class TestNames:
         config = method_class(method, "Config").from_preset("tiny", image_size=32, num_channels=1)
         assert (config.hidden_size, config.num_hidden_layers, config.num_channels) == (128, 4, 1)
         assert config.grid_size == (8, 8)
+        mini = method_class(method, "Config").from_preset("mini", image_size=48)
+        assert mini.hidden_size == 192 and mini.grid_size == (12, 12)
         other = method_class(method, "Config").from_preset("small", image_size=(64, 64), patch_size=8, hidden_size=96)
         assert other.hidden_size == 96 and other.grid_size == (8, 8)
         with pytest.raises(ValueError, match="preset is 'medium'"):

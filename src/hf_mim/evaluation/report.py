@@ -94,21 +94,28 @@ def told(predicted: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return right
 
 
-def label_notes(label: str, train_labels: dict[str, torch.Tensor], test_labels: dict[str, torch.Tensor]) -> list[str]:
-    """What is to be known of the numbers that a label gives."""
+def label_notes(
+    label: str,
+    train_labels: dict[str, torch.Tensor],
+    test_labels: dict[str, torch.Tensor],
+    num_neighbours: int = _NEIGHBOURS,
+) -> list[str]:
+    """What is to be known of the numbers that a label gives; `num_neighbours`: of k-NN, 0 where it is not asked."""
     if train_labels[label].ndim == 2:
         return [f"Of {label!r} a picture may have several: what is given is the mean average precision."]
     train, test = (labels[label][labels[label] >= 0] for labels in (train_labels, test_labels))
     if len(test.unique()) == 1:
         return [f"All held-out pictures have the same {label!r}: how often it is told says nothing."]
-    unseen = sorted(set(test.unique().tolist()) - set(train.unique().tolist()))
+    counts = train.bincount(minlength=int(test_labels[label].max()) + 1)[test.unique()]
+    unseen, few = int((counts == 0).sum()), int(((counts > 0) & (counts < num_neighbours)).sum())
+    notes = []
     if unseen:
-        return [f"{len(unseen)} classes of {label!r} have no training picture, and cannot be told."]
-    counts = train.bincount()
-    few = int((counts[test.unique()] < _NEIGHBOURS).sum())
+        notes.append(f"{unseen} classes of {label!r} have no training picture, and cannot be told.")
     if few:
-        return [f"{few} classes of {label!r} have fewer training pictures than the {_NEIGHBOURS} neighbours of k-NN."]
-    return []
+        notes.append(
+            f"{few} classes of {label!r} have fewer training pictures than the {num_neighbours} neighbours of k-NN."
+        )
+    return notes
 
 
 def labelled(features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

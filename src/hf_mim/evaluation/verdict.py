@@ -18,8 +18,6 @@ COLLAPSING = "collapsing"
 # Features have collapsed whose RankMe is under a tenth of what it was untrained (healthy methods go down to a third),
 # or whose spread over pictures is under a third (healthy ones keep three quarters and more).
 _COLLAPSED_RANK, _COLLAPSED_SPREAD = 0.1, 1 / 3
-# The task is being learnt where RankMe is so many times what it was.
-_RANK_RISES = 1.5
 # Below, pictures are alike to the last digits that bfloat16 has.
 _ALIKE = 1e-3
 # A reconstruction has to be better than the mean colour by so much of its error.
@@ -200,12 +198,9 @@ def judge(evidence: Evidence, reference: str | None = None) -> Verdict:
         numbers = [100 * float(part) for part in (gain, low_gain, high_gain)]
         if low_gain > 0:
             return say(LEARNING, compared, None, *numbers)
-        # What is learnt of the task shows before the labels do.
-        is_learning_its_task = (skill is not None and low > 0) or any(
-            value > _RANK_RISES * evidence.untrained_rank_me.get(pooling, np.inf)
-            for pooling, value in evidence.rank_me.items()
-        )
-        if early or (is_learning_its_task and evidence.images_seen < _EARLY_FOR_LABELS):
+        # What is learnt of the task shows before the labels do; of a method without pixels it is not known.
+        may_be_learning = skill is None or low > 0
+        if early or (may_be_learning and evidence.images_seen < _EARLY_FOR_LABELS):
             return say(TOO_EARLY, compared, None, *numbers)
         return say(UNTRAINED, compared, "labels", *numbers)
     if skill is not None:

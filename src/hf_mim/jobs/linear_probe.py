@@ -21,7 +21,7 @@ from ..evaluation.encoders import PATCHES, blocks_read
 from ..evaluation.features import extract_features, shared_labels
 from ..evaluation.linear_probe import LinearProbe, Probe, train_probes
 from ..evaluation.online import check_labelled
-from ..evaluation.report import few_pictures, text_table
+from ..evaluation.report import few_pictures, label_notes, text_table
 from ..files import write_json
 from ..training.arguments import ViTTrainingArguments
 from ..training.command import parse_arguments, say
@@ -209,7 +209,15 @@ def _probe(args: ProbeArguments, data_args: DataArguments) -> int:
     record = _record(subject, args, data_args)
     if str(args.resume_from_checkpoint).lower() != "false":
         check_same_run(args.output_dir, record)
+    notes = [note for label in train_labels for note in label_notes(label, train_labels, test_labels, 0)]
+    for note in notes:
+        say(note)
     test_features = _features(subject, test, args)
+    if not test_features.isfinite().all():
+        raise ValueError(
+            f"The features of {args.model_name_or_path} are not finite: there is nothing to probe. Look at its "
+            "weights, and at --bf16."
+        )
     if args.augment:
         batches = _AugmentedBatches(subject, train_labels, args, data_args)
     else:
@@ -234,7 +242,7 @@ def _probe(args: ProbeArguments, data_args: DataArguments) -> int:
         path = Path(args.output_dir) / _RESULTS
         set_record_aside(args.output_dir, record, _RESULTS)
         write_record(args.output_dir, record)
-        write_json(path, _describe(args, data_args, record["decides"]) | {"results": results})
+        write_json(path, _describe(args, data_args, record["decides"]) | {"notes": notes, "results": results})
         few = few_pictures(len(test))
         print(f"\nAccuracy in % on {len(test)} held-out pictures{few}: last epoch / best epoch (which)")
         print(text_table(probe_table(results)))

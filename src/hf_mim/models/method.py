@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 # Sizes of networks by name; see `presets`.
-PRESETS = ("tiny", "small", "base", "large", "huge")
+PRESETS = ("tiny", "mini", "small", "base", "large", "huge")
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,17 @@ from ..registry import RECORDS
 from .method import PRESETS
 from .vit.sizes import as_pair
 
-# Encoders. Grids: about 8 x 8 patches in tiny, whose patch follows the image size; elsewhere 14 x 14, huge 16 x 16.
+# Encoders. Grids: about 8 x 8 patches in tiny, whose patch follows the image size; mini cuts images of 32 to 64 pixels
+# into patches of 4; elsewhere 14 x 14, huge 16 x 16.
 _ENCODERS = {
     "tiny": {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+    "mini": {"hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3},
     "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
     "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
     "huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
 }
-_IMAGE_AND_PATCH_SIZE = {"tiny": (64, None), "huge": (224, 14)}
+_IMAGE_AND_PATCH_SIZE = {"tiny": (64, None), "mini": (64, 4), "huge": (224, 14)}
 _TINY_GRID = 8
 
 
@@ -69,10 +71,11 @@ class FromPreset:
         A config of the sizes that a preset has.
 
         Args:
-            name (`str`): "tiny", "small", "base", "large" or "huge".
-            image_size (`int` or pair (height, width), *optional*): The preset's own if None: 64 for tiny, else 224.
-            patch_size (`int` or pair (height, width), *optional*): The preset's own if None: 16, 14 for huge, and for
-                tiny what cuts the image into about 8 x 8 patches.
+            name (`str`): "tiny", "mini", "small", "base", "large" or "huge".
+            image_size (`int` or pair (height, width), *optional*): The preset's own if None: 64 for tiny and mini,
+                else 224.
+            patch_size (`int` or pair (height, width), *optional*): The preset's own if None: 16, 14 for huge, 4 for
+                mini, and for tiny what cuts the image into about 8 x 8 patches.
             fields: Of the config, in the place of the preset's.
 
         Raises:

@@ -12,6 +12,8 @@ _TINY_TRAINING = {
     "logging_steps": 25,
     "save_strategy": "epoch",
 }
+# A network of more than three times the work an image wants more epochs.
+_MINI_TRAINING = _TINY_TRAINING | {"num_train_epochs": 40}
 
 # The embedded scenes in tiny's minutes: many small steps learn more of them than few large ones, of as many pictures
 # (benchmarks/LOG.md). The rate does not grow with the batch: so much would be too high for a larger one.
@@ -59,6 +61,7 @@ _TINY_FINE_TUNING = {
 # The flags that a preset sets in fine-tuning.
 FINE_TUNING_PRESETS = {
     "tiny": _TINY_FINE_TUNING,
+    "mini": _TINY_FINE_TUNING,
     "small": _FINE_TUNING,
     "base": _FINE_TUNING,
     "large": _FINE_TUNING | {"num_train_epochs": 50, "layer_decay": 0.75, "drop_path_rate": 0.2},
@@ -90,11 +93,13 @@ _TINY_SEGMENTATION = {
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
 }
-SEGMENTATION_PRESETS = dict.fromkeys(("small", "base", "large", "huge"), _SEGMENTATION) | {"tiny": _TINY_SEGMENTATION}
+SEGMENTATION_PRESETS = dict.fromkeys(("tiny", "mini"), _TINY_SEGMENTATION) | dict.fromkeys(
+    ("small", "base", "large", "huge"), _SEGMENTATION
+)
 
 
 def preset_training(preset: str, model_type: str, scenes: bool = False) -> dict:
     """The flags that a preset sets for a method; `scenes`: for an untrained network on the embedded scenes."""
     of_method = RECORDS[model_type].schedules.get(preset, {}) if model_type in RECORDS else {}
     of_data = _TINY_SCENES if scenes and preset == "tiny" and model_type in _SCENES_METHODS else {}
-    return (_TINY_TRAINING if preset == "tiny" else _TRAINING) | of_method | of_data
+    return {"tiny": _TINY_TRAINING, "mini": _MINI_TRAINING}.get(preset, _TRAINING) | of_method | of_data

@@ -20,7 +20,13 @@ METHOD = Method(
             "decoder_hidden_size": 64,
             "decoder_num_hidden_layers": 2,
             "decoder_num_attention_heads": 2,
-            # At four blocks stochastic depth only takes away.
+            # At so few blocks stochastic depth only takes away.
+            "drop_path_rate": 0.0,
+        },
+        "mini": {
+            "decoder_hidden_size": 96,
+            "decoder_num_hidden_layers": 2,
+            "decoder_num_attention_heads": 3,
             "drop_path_rate": 0.0,
         },
         "huge": {"drop_path_rate": 0.3},

@@ -16,6 +16,6 @@ METHOD = Method(
     citation=_CITATION,
     presets={"large": {"mask_ratio": 0.4}},
     # Pictures are told from the others of their batch.
-    schedules={"tiny": {"per_device_train_batch_size": 256, "base_learning_rate": 2e-3}},
+    schedules=dict.fromkeys(("tiny", "mini"), {"per_device_train_batch_size": 256, "base_learning_rate": 2e-3}),
     frozen=None,
 )

@@ -24,6 +24,12 @@ METHOD = Method(
             # At 0.996 the target hardly leaves its start in a run of a thousand steps.
             "ema_momentum": 0.99,
         },
+        "mini": {
+            "decoder_hidden_size": 96,
+            "decoder_num_hidden_layers": 2,
+            "decoder_num_attention_heads": 3,
+            "ema_momentum": 0.99,
+        },
     },
     schedules={},
     frozen=None,

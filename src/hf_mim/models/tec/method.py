@@ -16,6 +16,7 @@ METHOD = Method(
     citation=_CITATION,
     presets={
         "tiny": {"adapter_group_size": 2, "decoder_hidden_size": 64, "decoder_num_attention_heads": 2},
+        "mini": {"decoder_hidden_size": 96, "decoder_num_attention_heads": 3},
         # The paper's ViT-L; its temperature is for MAE-L as base.
         "large": {"decoder_hidden_size": 768, "attention_temperature": 1.4},
         # 32 blocks are no multiple of 3.

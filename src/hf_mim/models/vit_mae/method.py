@@ -17,6 +17,7 @@ METHOD = Method(
     citation=_CITATION,
     presets={
         "tiny": {"decoder_hidden_size": 64, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 2},
+        "mini": {"decoder_hidden_size": 96, "decoder_num_hidden_layers": 2, "decoder_num_attention_heads": 3},
     },
     schedules={},
     frozen=None,
