@@ -29,10 +29,10 @@ timeout 320 python -m pytest -m gpu -n 0 -q -rA --tb=short tests/test_gpu.py 2>&
 status=${PIPESTATUS[0]}
 {
     echo '```'
-    echo '## python benchmarks/throughput.py --preset base --batch_size 128 --precisions bf16 --rounds 3 --steps 5'
+    echo '## python benchmarks/speed.py step --preset base --batch_size 128 --precisions bf16 --rounds 3 --steps 5'
     echo '```'
 } >> "$report"
-timeout 150 python benchmarks/throughput.py --preset base --batch_size 128 --precisions bf16 --rounds 3 --steps 5 2>&1 |
+timeout 150 python benchmarks/speed.py step --preset base --batch_size 128 --precisions bf16 --rounds 3 --steps 5 2>&1 |
     tee -a "$report"
 speed=${PIPESTATUS[0]}
 echo '```' >> "$report"

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from hf_mim.training.checkpoints import find_damage
 from tiny_training import (
     FLAGS,
+    REPOSITORY,
     RUN_MIM,
     losses,
     run,
@@ -323,6 +324,44 @@ resumed.save_model()
 torch.distributed.barrier()
 os._exit(0)  # as in test_stream_is_shared_out
 """
+
+
+@pytest.mark.slow
+def test_sharded_checkpoint_goes_on_with_another_number_of_processes(tmp_path):
+    script = tmp_path / "fsdp.py"
+    # As many pictures a step, by one process; the folder's checkpoint is of two.
+    alone = FSDP.replace("per_device_train_batch_size=2", "per_device_train_batch_size=4").partition("first = train()")
+    script.write_text(
+        alone[0] + "trainer = train(f'{folder}/checkpoint-2')\ntrainer.save_state()\n"
+        "print(sum(value.abs().sum() for value in weights(trainer).values()).item())\nos._exit(0)\n"
+    )
+    both = tmp_path / "both.py"
+    both.write_text(
+        alone[0].replace("=4,", "=2,", 1) + "train().save_state()\ntorch.distributed.barrier()\nos._exit(0)\n"
+    )
+    assert "per_device_train_batch_size=2" in both.read_text()
+    folder, kind = str(tmp_path / "run"), "SHARDED_STATE_DICT"
+    result = run(torchrun(str(both), folder, kind))
+    assert result.returncode == 0, result.stderr
+    straight = losses(folder, *PARTS)
+    one = torchrun(str(script), folder, kind)
+    one[one.index("--nproc_per_node=2")] = "--nproc_per_node=1"
+    result = run(one)
+    assert result.returncode == 0, result.stderr
+    assert torch.tensor(losses(folder, *PARTS)).sub(torch.tensor(straight)).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_accelerate_configs(folder, one_process, tmp_path, name):
+    """On CPUs the first is tried as it is; of the second the file is read, and accelerate leaves the sharding out."""
+    config = str(REPOSITORY / "examples" / "accelerate_configs" / f"{name}.yaml")
+    port = f"--main_process_port={free_port()}"
+    launch = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes=2", port]
+    flags = [*FLAGS, *EPOCHS, "--per_device_train_batch_size=2", f"--train_dir={folder}", f"--output_dir={tmp_path}"]
+    result = run([*launch, "--mixed_precision=no", RUN_MIM, *flags])
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path, one_process)
 
 
 @pytest.mark.slow

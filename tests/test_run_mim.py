@@ -65,7 +65,9 @@ class TestProcess:
         assert result.returncode == 1
         assert "Traceback" in result.stderr and "size of tensor a" in result.stderr
 
-    @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "number", [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGUSR1))]
+    )
     def test_interrupted_and_run_again(self, folder, tmp_path, number, processes):
         """The checkpoint is written in the middle of an epoch, and the run ends as one that was not interrupted."""
         flags = [

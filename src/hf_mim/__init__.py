@@ -30,6 +30,7 @@ _IN_MODULES = {
     "MIMCallback": ".training.callbacks",
     "MIMTrainer": ".training.trainer",
     "MIMTrainingArguments": ".training.arguments",
+    "estimate_memory": ".training.memory",
     "FineTuningTrainer": ".training.finetuning_trainer",
     "FineTuningArguments": ".jobs.finetuning",
 }
@@ -101,6 +102,7 @@ if TYPE_CHECKING:
     from .training.arguments import MIMTrainingArguments as MIMTrainingArguments
     from .training.callbacks import MIMCallback as MIMCallback
     from .training.finetuning_trainer import FineTuningTrainer as FineTuningTrainer
+    from .training.memory import estimate_memory as estimate_memory
     from .training.trainer import MIMTrainer as MIMTrainer
 
 

@@ -79,6 +79,14 @@ class ImageDataset(Dataset):
         """What `read_image` is given: a path, the bytes of a file, an array, or None where there is no picture."""
         return self._values[int(self._rows[index])]
 
+    @property
+    def shard_ends(self) -> np.ndarray | None:
+        """For each file of many pictures, the index after its last; None where no such files are read in order."""
+        ends = getattr(self._values, "ends", None)
+        if ends is None or (np.diff(self._rows) <= 0).any():
+            return None
+        return np.searchsorted(self._rows, ends)
+
     def multi_label(self, name: str) -> bool:
         """Whether a picture may have several classes of this label: `labels[name]` is then (N, num_classes)."""
         return self.labels[name].ndim == 2

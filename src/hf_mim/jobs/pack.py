@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.arguments import DataArguments
 from ..data.dataset import ImageDataset, ImageStream, stored_bytes
 from ..data.images import BrokenImageError, read_image
+from ..data.pretraining import WINDOW_SHARDS
 from ..data.sources import open_splits
 from ..data.sources.packed import FORMAT, GROUP_ROWS, INDEX
 from ..files import replacing, write_json
@@ -124,10 +125,15 @@ def _describe(images: ImageDataset, args: PackArguments) -> dict:
 def _pack_split(folder: Path, name: str, images: ImageDataset, args: PackArguments) -> tuple[list[dict], list[str]]:
     import pyarrow.parquet as pq
 
-    of = _describe(images, args)
+    of, paths, order = _describe(images, args), _shards(folder, name, len(images), args), np.arange(len(images))
+    if len(paths) > WINDOW_SHARDS:
+        # Training shuffles so many shards at a time, of which each should be like the whole: a folder's order is that
+        # of its classes.
+        order = np.random.Generator(np.random.PCG64(0)).permutation(order)
+        of["order"] = "mixed"
     shards, broken = [], []
-    for shard, path in enumerate(_shards(folder, name, len(images), args)):
-        rows = np.arange(shard * args.rows_per_shard, min((shard + 1) * args.rows_per_shard, len(images)))
+    for shard, path in enumerate(paths):
+        rows = order[shard * args.rows_per_shard : (shard + 1) * args.rows_per_shard]
         if not path.is_file():
             _write_shard(path, images.select(rows), of, args)
         told = json.loads(pq.read_schema(path).metadata[b"hf_mim"])

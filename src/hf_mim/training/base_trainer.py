@@ -1,5 +1,10 @@
 """What the trainers of pretraining and of fine-tuning share."""
 
+import contextlib
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -14,6 +19,8 @@ from .speed import SpeedMeter, training_operations
 __all__ = ["LossMeter", "NonFiniteLossError", "ViTTrainer"]
 
 logger = logging.get_logger(__name__)
+
+_STEPS_OF_GARBAGE = 50
 
 # The private methods of transformers' Trainer that our trainers override, and why no public one would do. A test tells
 # when a new transformers has another one: read it, see whether the reason and what we do still hold.
@@ -91,11 +98,41 @@ class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
+        if hasattr(self, "train_sampler"):
+            self.train_sampler.start = self._num_seen_of_epoch(**kwargs)
         super()._run_epoch(*args, **kwargs)
 
+    def _num_seen_of_epoch(
+        self, *, epoch, epochs_trained, steps_trained_in_current_epoch, resume_from_checkpoint, **kwargs
+    ) -> int:
+        """Pictures of the epoch that begins which the run that is resumed has seen: the stock loop skips them."""
+        if resume_from_checkpoint is None or epoch != epochs_trained or self.args.ignore_data_skip:
+            return 0
+        if not self.args.dataloader_drop_last:
+            # With the first pictures of an epoch its last batches are filled up.
+            return 0
+        return steps_trained_in_current_epoch * self.args.train_batch_size * self.args.world_size
+
+    def train(self, *args, **kwargs):
+        """As [`SavingMixin.train`], with Python's garbage collected between steps alone."""
+        with _garbage_between_steps():
+            return super().train(*args, **kwargs)
+
     def get_batch_samples(self, *args, **kwargs):
-        with self.speed.waiting():
-            return super().get_batch_samples(*args, **kwargs)
+        try:
+            with self.speed.waiting():
+                return super().get_batch_samples(*args, **kwargs)
+        except Exception as error:
+            self._save_what_is_trained(error)
+            raise
+
+    def _save_what_is_trained(self, error: Exception) -> None:
+        """A checkpoint of the steps before data could not be read, where one process can write it by itself."""
+        step, folder = self.state.global_step, Path(self.args.output_dir)
+        if self.args.world_size > 1 or self.num_steps_trained == 0 or (folder / f"checkpoint-{step}").is_dir():
+            return
+        self._save_checkpoint(self.model, trial=None)
+        logger.error(f"Data cannot be read ({error}). {step} steps are saved; the same command goes on from there.")
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.speed.not_training():
@@ -122,8 +159,26 @@ class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):
         return super()._get_grad_norm(model, grad_norm) if due or grad_norm is not None else None
 
 
+@contextlib.contextmanager
+def _garbage_between_steps() -> Iterator[None]:
+    """
+    Within, Python does not look for garbage by itself, at any moment and in each process at another one, while the
+    others wait; see `_Hooks.on_step_end`. What is there at the beginning is not looked through again.
+    """
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        if was_enabled:
+            gc.enable()
+
+
 class _Hooks(TrainerCallback):
-    """Starts the meters anew, tells of optimiser steps, and keeps the sampler's epoch right."""
+    """Starts the meters anew, tells of optimiser steps, keeps the sampler's epoch right, and collects garbage."""
 
     def __init__(self, trainer: ViTTrainer):
         self.trainer = trainer
@@ -142,6 +197,11 @@ class _Hooks(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.speed.step_ended(state.global_step)
+        if state.global_step % _STEPS_OF_GARBAGE == 0:
+            gc.collect()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        gc.collect()
 
     def on_optimizer_step(self, args, state, control, **kwargs):
         if not self.trainer.accelerator.optimizer_step_was_skipped:

@@ -17,6 +17,8 @@ from ..files import save_picture
 
 logger = logging.get_logger(__name__)
 
+# From a terminal, from a scheduler that ends a job, and from one that warns before it does.
+_REQUESTS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
 # A launcher sends a signal on to processes that had it from the terminal already.
 _SAME_REQUEST_SECONDS = 2.0
 _SECONDS_UNTIL_AGREED = 2.0
@@ -24,7 +26,7 @@ _SECONDS_UNTIL_AGREED = 2.0
 
 class SaveOnInterrupt(TrainerCallback):
     """
-    Ctrl-C or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once.
+    Ctrl-C, SIGTERM or SIGUSR1 ends training after the current step, with a checkpoint; a second one ends it at once.
 
     With several processes they agree every few seconds, at a step that all of them know, so that none waits for
     another for ever.
@@ -44,7 +46,7 @@ class SaveOnInterrupt(TrainerCallback):
         self._next_step, self._last_step, self._last_time = state.global_step + 1, state.global_step, time.monotonic()
         # Python delivers signals to the main thread only, and only there may handlers be set.
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in _REQUESTS:
                 self._previous[number] = signal.signal(number, self._request)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -70,7 +70,8 @@ class LoadingMixin:
                 "batch x processes x accumulation). Choose a smaller --per_device_train_batch_size, or add pictures."
             )
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self.train_sampler = EpochSampler(len(dataset), seed=seed)
+        shard_ends = getattr(getattr(dataset, "pictures", None), "shard_ends", None)
+        self.train_sampler = EpochSampler(len(dataset), seed=seed, shard_ends=shard_ends)
         return self.train_sampler
 
     def _get_eval_sampler(self, eval_dataset) -> EpochSampler:

@@ -5,6 +5,7 @@ A loss is read at every step only where that costs nothing, on a CPU: elsewhere 
 There a run that is started again, and so comes to the same step by the same way, reads the losses from that step on.
 """
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from ..data.pretraining import EpochSampler
 from ..files import replacing, write_json
 from .checkpoints import last_whole_checkpoint
 
@@ -154,7 +154,9 @@ class NonFiniteKeeper:
         accumulated = args.gradient_accumulation_steps
         steps_per_epoch = max(1, -(-len(loader) // accumulated))
         epoch, step_of_epoch = divmod(step - 1, steps_per_epoch)
-        sampler = EpochSampler(trainer.train_sampler.length, seed=trainer.train_sampler.seed)
+        # As it would be at the epoch's beginning; of a resumed run it starts further on.
+        sampler = copy.copy(trainer.train_sampler)
+        sampler.start = 0
         sampler.set_epoch(epoch)
         order, size = [index for _, index in sampler], args.per_device_train_batch_size
         found = []

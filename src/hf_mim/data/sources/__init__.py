@@ -6,7 +6,7 @@ the source has none); both are of the kinds in `dataset`.
 
 from ..arguments import TORCHVISION_PREFIX, DataArguments
 from ..dataset import ImageDataset, ImageStream
-from . import clevr, datasets, folder, idx, packed, scenes, torchvision
+from . import clevr, datasets, folder, idx, packed, scenes, tars, torchvision
 
 
 def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
@@ -39,4 +39,6 @@ def _of_folder(root: str):
         return clevr
     if packed.is_packed(root):
         return packed
+    if tars.has_tars(root):
+        return tars
     return idx if idx.has_idx_files(root) else folder

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+import time
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from transformers.utils import logging
@@ -11,8 +13,13 @@ from ..arguments import DataArguments
 from ..dataset import ImageDataset
 from ..images import IMAGE_EXTENSIONS
 from ..splits import HELD_OUT, TRAINING, choose_splits, find_split, folder_splits, sibling_split
+from . import index_cache
 
 logger = logging.get_logger(__name__)
+
+# By which a kept listing was made.
+_RULE = " ".join(("1", *IMAGE_EXTENSIONS))
+_SETTLED_NS = 60 * 10**9
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
@@ -43,11 +50,17 @@ def _choose_folders(root: str, args: DataArguments) -> tuple[str, str | None]:
 
 
 class FileImages:
-    """Paths below a root, in one array: a million Python strings would be copied into every worker, page by page."""
+    """
+    Paths below a root, in one array: a million Python strings would be copied into every worker, page by page.
 
-    def __init__(self, root: str, paths: list[str]):
+    Args:
+        root (`str`): the folder.
+        paths: relative to it, strings or an array of bytes.
+    """
+
+    def __init__(self, root: str, paths: list[str] | np.ndarray):
         self.root = root
-        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.paths = _encoded(paths) if isinstance(paths, list) else paths
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -71,63 +84,146 @@ def from_folder(roots: list[str], num_channels: int) -> list[ImageDataset]:
 
     If every picture lies in a sub-folder, and there are at least two of these, they are the classes of `label`.
     """
-    found = [find_images(root) for root in roots]
-    tops = [[path.partition(os.sep)[0] for path in paths] for paths in found]
-    classes = sorted({top for names in tops for top in names})
-    labelled = len(classes) > 1 and all(os.sep in path for paths in found for path in paths)
+    found = [list_folder(root) for root in roots]
+    tops = [[folder.partition(os.sep)[0] for folder in listing.folders] for listing in found]
+    classes = sorted({tops[i][folder] for i, listing in enumerate(found) for folder in listing.run_folders})
+    labelled = len(classes) > 1 and "" not in classes
     numbers = {name: number for number, name in enumerate(classes)}
     return [
         ImageDataset(
-            FileImages(os.path.expanduser(root), paths),
+            FileImages(os.path.expanduser(root), listing.paths),
             num_channels,
             source=os.fspath(root),
-            labels={"label": [numbers[top] for top in names]} if labelled else None,
+            labels={"label": listing.by_folder([numbers.get(top, -1) for top in names])} if labelled else None,
             label_names={"label": classes} if labelled else None,
         )
-        for root, paths, names in zip(roots, found, tops, strict=True)
+        for root, listing, names in zip(roots, found, tops, strict=True)
     ]
 
 
-def find_images(root: str | os.PathLike) -> list[str]:
-    """Paths of the pictures below a folder, relative to it, sorted; hidden files and folders are left out.
+@dataclass
+class Listing:
+    """
+    The pictures below a folder.
 
-    Files with other endings are counted, and the log says how many there are of each.
+    Args:
+        paths (`np.ndarray` of bytes): relative to the folder, in order.
+        run_folders, run_lengths (`np.ndarray` of int64): which of `folders` so many pictures that follow one another
+            lie in.
+        folders (`list[str]`): relative to the folder; "" is itself.
+        states (`np.ndarray` of int64, `(len(folders), 2)`): inode and time of the last change of each.
+        others (`dict[str, int]`): files of other endings, by these.
+    """
+
+    paths: np.ndarray
+    run_folders: np.ndarray
+    run_lengths: np.ndarray
+    folders: list[str]
+    states: np.ndarray
+    others: dict[str, int]
+
+    def by_folder(self, values: list[int]) -> np.ndarray:
+        """For each picture the value of its folder."""
+        return np.repeat(np.array(values, dtype=np.int64)[self.run_folders], self.run_lengths)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        others = np.array([f"{count} {ending}" for ending, count in self.others.items()], dtype="U64")
+        return vars(self) | {"folders": _encoded(self.folders), "others": others, "rule": np.array(_RULE)}
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Listing":
+        folders = [os.fsdecode(bytes(folder)) for folder in arrays["folders"]]
+        others = (text.split(" ", 1) for text in arrays["others"].tolist())
+        named = {name: arrays[name] for name in ("paths", "run_folders", "run_lengths", "states")}
+        return cls(folders=folders, others={ending: int(count) for count, ending in others}, **named)
+
+
+def find_images(root: str | os.PathLike) -> list[str]:
+    """Paths of the pictures below a folder, relative to it, sorted; see [`list_folder`]."""
+    return [os.fsdecode(bytes(path)) for path in list_folder(root).paths]
+
+
+def list_folder(root: str | os.PathLike) -> Listing:
+    """The pictures below a folder, sorted; hidden files and folders are left out.
+
+    Files with other endings are counted, and the log says how many there are of each. What a large folder holds is
+    kept, and looked up again where none of its folders has changed since.
 
     Raises:
         ValueError: there is no such folder, it cannot be listed, or it holds no picture.
     """
     root = check_folder(root)
-    paths, others = [], Counter()
-    # A link back up would never end.
-    _list_images(root, "", set(), paths, others)
-    left_out = ", ".join(f"{count} {ending}" for ending, count in others.most_common(8))
-    if not paths:
+    listing = _kept_listing(root)
+    if listing is None:
+        began = time.time_ns()
+        listing = _list(root)
+        # A folder that changed just now may change again without another time.
+        if len(listing.paths) >= index_cache.LEAST and listing.states[:, 1].max() < began - _SETTLED_NS:
+            index_cache.keep("folder", root, listing.arrays())
+    left_out = ", ".join(f"{count} {ending}" for ending, count in Counter(listing.others).most_common(8))
+    if not len(listing.paths):
         there = f" It holds files that end in {left_out}." if left_out else ""
         raise ValueError(f"{root} holds no picture.{there} Files that are read: {', '.join(IMAGE_EXTENSIONS)}.")
     if left_out:
         logger.warning(f"{root}: files left out for their endings: {left_out}.")
-    return paths
+    return listing
 
 
-def _list_images(root: str, below: str, visited: set, paths: list[str], others: Counter) -> None:
-    folder = os.path.join(root, below)
+def _kept_listing(root: str) -> Listing | None:
+    arrays = index_cache.kept("folder", root)
+    if arrays is None or str(arrays.get("rule")) != _RULE:
+        return None
+    listing = Listing.from_arrays(arrays)
     try:
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in visited:
-            return
-        visited.add((status.st_dev, status.st_ino))
-        with os.scandir(folder) as scan:
-            entries = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be listed: {error.strerror}.") from error
-    for name, is_folder in entries:
-        path = os.path.join(below, name) if below else name
-        if is_folder:
-            _list_images(root, path, visited, paths, others)
-        elif name.lower().endswith(IMAGE_EXTENSIONS):
-            paths.append(path)
-        else:
-            others[os.path.splitext(name)[1].lower() or "no ending"] += 1
+        states = [_state(os.stat(os.path.join(root, folder))) for folder in listing.folders]
+    except OSError:
+        return None
+    return listing if np.array_equal(states, listing.states) else None
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    # As numbers with a sign, which an inode may not be.
+    return status.st_ino & (2**63 - 1), status.st_mtime_ns
+
+
+def _list(root: str) -> Listing:
+    paths, folders, states, runs, others = [], [], [], [], Counter()
+    # A link back up would never end.
+    visited = set()
+
+    def enter(below: str) -> None:
+        folder = os.path.join(root, below)
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in visited:
+                return
+            visited.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as scan:
+                entries = sorted((entry.name, entry.is_dir()) for entry in scan if not entry.name.startswith("."))
+        except OSError as error:
+            raise ValueError(f"{folder} cannot be listed: {error.strerror}.") from error
+        number = len(folders)
+        folders.append(below)
+        states.append(_state(status))
+        for name, is_folder in entries:
+            path = os.path.join(below, name) if below else name
+            if is_folder:
+                enter(path)
+            elif name.lower().endswith(IMAGE_EXTENSIONS):
+                if not runs or runs[-1][0] != number:
+                    runs.append([number, 0])
+                runs[-1][1] += 1
+                paths.append(os.fsencode(path))
+            else:
+                others[os.path.splitext(name)[1].lower() or "no ending"] += 1
+
+    enter("")
+    run_folders, run_lengths = np.array(runs, dtype=np.int64).reshape(-1, 2).T
+    return Listing(np.array(paths), run_folders, run_lengths, folders, np.array(states), dict(others))
+
+
+def _encoded(paths: list[str]) -> np.ndarray:
+    return np.array([os.fsencode(path) for path in paths])
 
 
 def check_folder(path: str | os.PathLike) -> str:

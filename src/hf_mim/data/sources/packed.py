@@ -6,15 +6,19 @@ Pictures that `hf_mim pack` wrote: parquet shards with an index, which is writte
 neighbours costing much.
 """
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 
 from ..arguments import DataArguments
 from ..dataset import ImageDataset, label_numbers
+from ..pretraining import WINDOW_SHARDS
 from ..splits import HELD_OUT, TRAINING, choose_splits, find_split
 
 INDEX = "index.json"
@@ -22,15 +26,46 @@ FORMAT = "hf_mim pack 1"
 # Of a row group: what is read for one picture, about 600 kB of 256 x 256 pixels.
 GROUP_ROWS = 32
 
+# Before a shard that cannot be read is tried again: a file server may be away for a moment.
+_RETRY_SECONDS = (1.0, 5.0, 25.0)
+_WAY_OUT = "Copy the folder again, or delete the shard and let the `hf_mim pack` of before write it anew."
+
+logger = logging.getLogger(__name__)
+
 
 def is_packed(root: str | os.PathLike) -> bool:
-    path = Path(os.path.expanduser(root)) / INDEX
-    if not path.is_file():
-        return False
+    """
+    Whether `hf_mim pack` wrote the folder.
+
+    Raises:
+        ValueError: it did, and has not finished, or the index has been damaged since.
+    """
+    folder = Path(os.path.expanduser(root))
     try:
-        return json.loads(path.read_text()).get("format") == FORMAT
-    except (ValueError, AttributeError):
-        return False
+        if json.loads((folder / INDEX).read_text()).get("format") == FORMAT:
+            return True
+        wrong = f"is of another format than {FORMAT!r}"
+    except FileNotFoundError:
+        wrong = "is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        wrong = f"cannot be read ({error})"
+    if _holds_shards(folder):
+        raise ValueError(
+            f"{folder / INDEX} {wrong}, and there are shards beside it. It is written last: start the same "
+            "`hf_mim pack` again, which keeps the shards that are whole."
+        )
+    return False
+
+
+def _holds_shards(folder: Path) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for path in folder.glob("*-of-*.parquet"):
+        with contextlib.suppress(OSError, pa.ArrowInvalid):
+            # Others name parquet files alike.
+            return b"hf_mim" in (pq.read_schema(path).metadata or {})
+    return False
 
 
 def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset | None]:
@@ -78,7 +113,7 @@ def _open(root: str, split: str, args: DataArguments) -> ImageDataset:
 class PackedImages:
     """
     What `read_image` takes, by row, of shards whose rows are counted in order. Only numbers are held: a worker opens
-    the shards that it reads.
+    the shards that it reads, and has as many open as are shuffled together.
 
     Args:
         root (`str`): the folder.
@@ -90,17 +125,14 @@ class PackedImages:
 
     def __init__(self, root: str, shards: list[dict]):
         self.shard_paths = [os.path.join(root, shard["name"]) for shard in shards]
-        self.ends = np.cumsum([shard["rows"] for shard in shards])
+        self.ends = np.cumsum([shard["rows"] for shard in shards], dtype=np.int64)
         self._told = json.dumps(shards)
         self._process, self._files = os.getpid(), {}
         for path, shard in zip(self.shard_paths, shards, strict=True):
             size = os.path.getsize(path) if os.path.isfile(path) else None
             if size != shard["file_bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
-                raise ValueError(
-                    f"{path} {found}, where {INDEX} says {shard['file_bytes']}. Copy the folder again, or delete the "
-                    "shard and let the `hf_mim pack` of before write it anew."
-                )
+                raise ValueError(f"{path} {found}, where {INDEX} says {shard['file_bytes']}. {_WAY_OUT}")
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -108,11 +140,19 @@ class PackedImages:
     def __getitem__(self, row: int) -> dict:
         shard = int(np.searchsorted(self.ends, row, side="right"))
         row -= int(self.ends[shard - 1]) if shard else 0
-        try:
-            group = self._file(shard).read_row_group(row // GROUP_ROWS, columns=["image"])
-        except OSError as error:
-            raise OSError(f"{self.shard_paths[shard]} can no longer be read ({error}). Was it moved?") from error
-        return group["image"][row % GROUP_ROWS].as_py()
+        for seconds in (*_RETRY_SECONDS, None):
+            try:
+                group = self._file(shard).read_row_group(row // GROUP_ROWS, columns=["image"])
+                return group["image"][row % GROUP_ROWS].as_py()
+            # Arrow's word for a file that was cut short is a ValueError.
+            except (OSError, _arrow_invalid()) as error:
+                self._files.pop(shard, None)
+                if seconds is None:
+                    raise OSError(
+                        f"{self.shard_paths[shard]} can no longer be read ({error}). Was it moved, or cut short?"
+                    ) from error
+                logger.warning("%s: %s. Trying again in %g s.", self.shard_paths[shard], error, seconds)
+                time.sleep(seconds)
 
     def _file(self, shard: int):
         import pyarrow.parquet as pq
@@ -121,7 +161,18 @@ class PackedImages:
             # A worker shares no open file, nor its position, with the process that it came from.
             self._process, self._files = os.getpid(), {}
         if shard not in self._files:
-            self._files[shard] = pq.ParquetFile(self.shard_paths[shard], memory_map=True)
+            # Not mapped: of a mapped file that is cut short the system kills the reader.
+            file = pq.ParquetFile(self.shard_paths[shard])
+            rows = int(self.ends[shard]) - (int(self.ends[shard - 1]) if shard else 0)
+            if file.metadata.num_rows != rows:
+                raise ValueError(
+                    f"{self.shard_paths[shard]} has {file.metadata.num_rows} rows, where {INDEX} says {rows}. "
+                    f"{_WAY_OUT}"
+                )
+            while len(self._files) >= WINDOW_SHARDS:
+                # The one that was opened first.
+                self._files.pop(next(iter(self._files))).close()
+            self._files[shard] = file
         return self._files[shard]
 
     def __getstate__(self) -> dict:
@@ -129,3 +180,9 @@ class PackedImages:
 
     def fingerprint(self, rows: np.ndarray) -> str:
         return hashlib.sha256(self._told.encode() + np.ascontiguousarray(rows).tobytes()).hexdigest()
+
+
+def _arrow_invalid() -> type[Exception]:
+    import pyarrow
+
+    return pyarrow.ArrowInvalid
