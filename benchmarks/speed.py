@@ -307,7 +307,7 @@ def data(args) -> dict:
     return {
         "cases": {
             name: {
-                "images_per_second": args.num_pictures / statistics.median(times),
+                "images_per_second": args.num_pictures / max(statistics.median(times), 1e-9),
                 "times_float32": median_ratio(seconds["float32"], times),
             }
             for name, times in seconds.items()

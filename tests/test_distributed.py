@@ -328,23 +328,17 @@ os._exit(0)  # as in test_stream_is_shared_out
 
 @pytest.mark.slow
 def test_sharded_checkpoint_goes_on_with_another_number_of_processes(tmp_path):
-    script = tmp_path / "fsdp.py"
-    # As many pictures a step, by one process; the folder's checkpoint is of two.
-    alone = FSDP.replace("per_device_train_batch_size=2", "per_device_train_batch_size=4").partition("first = train()")
-    script.write_text(
-        alone[0] + "trainer = train(f'{folder}/checkpoint-2')\ntrainer.save_state()\n"
-        "print(sum(value.abs().sum() for value in weights(trainer).values()).item())\nos._exit(0)\n"
-    )
-    both = tmp_path / "both.py"
-    both.write_text(
-        alone[0].replace("=4,", "=2,", 1) + "train().save_state()\ntorch.distributed.barrier()\nos._exit(0)\n"
-    )
-    assert "per_device_train_batch_size=2" in both.read_text()
+    start, stop = FSDP.partition("first = train()")[0], "torch.distributed.barrier()\nos._exit(0)\n"
+    both, alone = tmp_path / "both.py", tmp_path / "alone.py"
+    both.write_text(f"{start}train().save_state()\n{stop}")
+    # As many pictures a step, by one process.
+    start = start.replace("per_device_train_batch_size=2", "per_device_train_batch_size=4")
+    alone.write_text(f"{start}train(f'{{folder}}/checkpoint-2').save_state()\n{stop}")
     folder, kind = str(tmp_path / "run"), "SHARDED_STATE_DICT"
     result = run(torchrun(str(both), folder, kind))
     assert result.returncode == 0, result.stderr
     straight = losses(folder, *PARTS)
-    one = torchrun(str(script), folder, kind)
+    one = torchrun(str(alone), folder, kind)
     one[one.index("--nproc_per_node=2")] = "--nproc_per_node=1"
     result = run(one)
     assert result.returncode == 0, result.stderr

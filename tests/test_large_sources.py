@@ -158,7 +158,12 @@ def test_tars_pack(shards, tmp_path, capsys):
 def test_bad_tars(shards, tmp_path):
     path, pictures = shards / "train-002.tar", opened(shards)
     data = path.read_bytes()
-    for damage in (data[:3000], b"no tar at all", data[: data.index(b"0010.jpg") + 900]):
+    for damage in (
+        data[:3000],
+        b"no tar at all",
+        data[: data.index(b"0010.jpg") + 300],
+        data[: data.index(b"0010.jpg") + 900],
+    ):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match="train-002.tar cannot be read .*copy it again"):
             opened(shards)

@@ -100,7 +100,9 @@ def test_goes_on_where_it_was_stopped(folder, tmp_path, monkeypatch, capsys):
     assert packed_as(folder, out) == 1
     assert "No space left" in capsys.readouterr().err
     # Without an index it is no --train_dir yet.
-    assert not packed.is_packed(out) and not list(out.glob(".*"))
+    with pytest.raises(ValueError, match="index.json is missing, and there are shards beside it"):
+        opened(out)
+    assert not list(out.glob(".*"))
     times = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert sorted(times) == sorted(written)
     monkeypatch.setattr(pack, "_write_shard", whole)
@@ -129,7 +131,8 @@ def test_another_set_in_the_folder_is_refused(folder, tmp_path, capsys):
     refused(named)
 
 
-def test_shards_that_do_not_fit_the_index(folder, tmp_path):
+def test_shards_that_do_not_fit_the_index(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "_RETRY_SECONDS", ())
     packed_as(folder, tmp_path / "out")
     shard = sorted((tmp_path / "out").glob("*.parquet"))[1]
     found, data = opened(tmp_path / "out"), shard.read_bytes()

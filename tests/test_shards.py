@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -233,7 +234,7 @@ def test_a_shard_that_is_away_for_a_moment(shards, monkeypatch, caplog):
     shard, pictures = sorted(shards.glob("*.parquet"))[2], opened(shards)
     whole = opened(shards)[13]
     shard.rename(shards / "away")
-    monkeypatch.setattr(packed.time, "sleep", lambda seconds: (shards / "away").rename(shard))
+    monkeypatch.setattr(packed, "time", SimpleNamespace(sleep=lambda seconds: (shards / "away").rename(shard)))
     assert (pictures[13] == whole).all() and "Trying again" in caplog.text
 
 

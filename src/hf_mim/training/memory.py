@@ -92,7 +92,8 @@ def _peak_of_step(model: PreTrainedModel, batch_size: int, dtype: torch.dtype | 
             id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()
         }
         tensors |= {id(buffer): torch.empty(buffer.shape, dtype=buffer.dtype) for buffer in model.buffers()}
-        model = copy.deepcopy(model, tensors).train()
+        # deepcopy notes in it what it has copied.
+        model = copy.deepcopy(model, dict(tensors)).train()
         channels, size = getattr(config, "num_channels", 3), as_pair(config.image_size)
         patches = [side // patch for side, patch in zip(size, as_pair(config.patch_size), strict=True)]
         with _LiveBytes() as live:

@@ -138,6 +138,8 @@ def _pictures(path: str) -> list[tuple[str, int, int, int]]:
                     others[ending.lower() or "no ending"] += 1
                 # What is read is not remembered a second time.
                 tar.members = []
+            if os.path.getsize(path) < tar.offset + tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("the zeros at its end are missing")
     except (OSError, ValueError, tarfile.TarError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}). It must be a tar file that is not compressed, and whole: copy it again."
