@@ -318,3 +318,44 @@ def test_no_picture(value):
 def test_formats_that_are_known_and_not_read():
     with pytest.raises(BrokenImageError, match="a HEIC picture, which PIL cannot read: convert it"):
         read_image(b"\0\0\0\x18ftypheic" + bytes(40))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30, "optimize": True}]
+)
+@pytest.mark.parametrize("size", [(64, 48), (37, 51)])
+def test_jpeg_is_decoded_as_pillow_does(settings, size, monkeypatch):
+    small = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", **settings)
+    pixels = read_image(file.getvalue())
+    monkeypatch.setattr(images, "_decode_jpeg", lambda *args: None)
+    pillow = read_image(file.getvalue())
+    assert pixels.shape == pillow.shape == (3, size[1], size[0]) and pixels.dtype == torch.uint8
+    # Two builds of one library; a step of rounding would be no harm.
+    assert (pixels.int() - pillow.int()).abs().max() <= 1
+    # The memory is ordered (H, W, C), for which resizing is fast.
+    assert pixels.stride(0) == 1
+
+
+def test_jpegs_that_are_left_to_pillow(monkeypatch):
+    """Grey, CMYK, turned by EXIF, cut off, or to be read as grey."""
+    decoded, decode = [], images._decode_jpeg
+    monkeypatch.setattr(images, "_decode_jpeg", lambda *args: [decoded.append(decode(*args)), decoded[-1]][1])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    turned = image.getexif()
+    turned[0x0112] = 6
+    for picture, settings, shape in (
+        (image.convert("L"), {}, (3, 20, 30)),
+        (image.convert("CMYK"), {}, (3, 20, 30)),
+        (image, {"exif": turned}, (3, 30, 20)),
+    ):
+        file = io.BytesIO()
+        picture.save(file, "JPEG", **settings)
+        assert read_image(file.getvalue()).shape == shape
+    file = io.BytesIO()
+    image.save(file, "JPEG")
+    assert read_image(file.getvalue(), 1).shape == (1, 20, 30)
+    with pytest.raises(BrokenImageError, match="broken or cut off"):
+        read_image(file.getvalue()[:-200])
+    assert decoded == [None] * 4

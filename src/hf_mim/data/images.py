@@ -179,12 +179,30 @@ def _decode(data: bytes, num_channels: int, name: str, max_image_pixels: int | N
                     return _decode_tiff(data)
                 raise BrokenImageError(f"{name}: {_unknown_format(data)}") from None
             check_size(image)
+            pixels = _decode_jpeg(data, image) if num_channels == 3 else None
+            if pixels is not None:
+                return pixels
             image.load()
         return image
     except (BrokenImageError, ImportError):
         raise
     except Exception as error:
         raise BrokenImageError(f"{name}: broken or cut off: {type(error).__name__}: {error}") from error
+
+
+def _decode_jpeg(data: bytes, image) -> torch.Tensor | None:
+    """
+    The pixels of an upright JPEG in colour, (3, height, width) and the same as PIL's, a quarter sooner; None of any
+    other picture, and of one that is broken, of which PIL is left to say what is wrong.
+    """
+    if image.format != "JPEG" or image.mode != "RGB" or image.getexif().get(_EXIF_ORIENTATION, 1) != 1:
+        return None
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    try:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+    except RuntimeError:  # or torchvision was built without it
+        return None
 
 
 def _unknown_format(data: bytes) -> str:
