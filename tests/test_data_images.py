@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from PIL import Image
 
+from hf_mim.data import images
 from hf_mim.data.images import BrokenImageError, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:Corrupt EXIF")  # PIL, before it gives up on a broken TIFF
@@ -320,14 +321,12 @@ def test_formats_that_are_known_and_not_read():
         read_image(b"\0\0\0\x18ftypheic" + bytes(40))
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30, "optimize": True}]
-)
+@pytest.mark.parametrize("options", [{}, {"subsampling": 0}, {"progressive": True}, {"quality": 30, "optimize": True}])
 @pytest.mark.parametrize("size", [(64, 48), (37, 51)])
-def test_jpeg_is_decoded_as_pillow_does(settings, size, monkeypatch):
+def test_jpeg_is_decoded_as_pillow_does(options, size, monkeypatch):
     small = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
     file = io.BytesIO()
-    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", **settings)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", **options)
     pixels = read_image(file.getvalue())
     monkeypatch.setattr(images, "_decode_jpeg", lambda *args: None)
     pillow = read_image(file.getvalue())
@@ -345,13 +344,13 @@ def test_jpegs_that_are_left_to_pillow(monkeypatch):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
     turned = image.getexif()
     turned[0x0112] = 6
-    for picture, settings, shape in (
+    for picture, options, shape in (
         (image.convert("L"), {}, (3, 20, 30)),
         (image.convert("CMYK"), {}, (3, 20, 30)),
         (image, {"exif": turned}, (3, 30, 20)),
     ):
         file = io.BytesIO()
-        picture.save(file, "JPEG", **settings)
+        picture.save(file, "JPEG", **options)
         assert read_image(file.getvalue()).shape == shape
     file = io.BytesIO()
     image.save(file, "JPEG")
