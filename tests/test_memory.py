@@ -16,7 +16,9 @@ def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-@pytest.mark.parametrize("method", TINY)
+@pytest.mark.parametrize(
+    "method", ["pilamim", *(pytest.param(name, marks=pytest.mark.slow) for name in TINY if name != "pilamim")]
+)
 def test_estimate_of_every_method(method):
     model = tiny_model(method, "ForPreTraining")
     few, many = (hf_mim.estimate_memory(model, size, precision="float32") for size in (8, 64))

@@ -253,7 +253,7 @@ def test_an_index_of_other_shards(shards):
         opened(shards)
 
 
-@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_shard_that_goes_during_training(shards, tmp_path, cut):
     """What is trained until then is saved, and goes on to the same end when the shard is back."""
     from transformers import TrainerCallback
