@@ -236,7 +236,7 @@ def memory(args) -> dict:
         command = [sys.executable, __file__, "memory", "--memory_of", name, "--preset", args.preset]
         command += ["--batch_size", str(args.batch_size), "--device", args.device]
         # What the allocator is given back goes back to the system, or it would count as held.
-        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "MALLOC_TRIM_THRESHOLD_": "1000000"}
         result = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         report[name] = {"peak_mib": float(result.stdout.split()[-1])}
         if method != PEER:
