@@ -165,14 +165,17 @@ def _garbage_between_steps() -> Iterator[None]:
     Within, Python does not look for garbage by itself, at any moment and in each process at another one, while the
     others wait; see `_Hooks.on_step_end`. What is there at the beginning is not looked through again.
     """
-    was_enabled = gc.isenabled()
+    # What another has set aside is theirs to take back.
+    was_enabled, freezes = gc.isenabled(), gc.get_freeze_count() == 0
     gc.collect()
-    gc.freeze()
+    if freezes:
+        gc.freeze()
     gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if freezes:
+            gc.unfreeze()
         if was_enabled:
             gc.enable()
 
