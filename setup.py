@@ -31,6 +31,8 @@ extras["dev"] = sorted(
         # Kernel and client of the notebook's test.
         "ipykernel>=6.29",
         "nbclient>=0.10",
+        # transformers' own tests of models, where its source is at hand.
+        "parameterized>=0.9",
         "pytest>=9.0",
         "pytest-xdist>=3.8",
         # The wheel's test, and build-system.requires.

@@ -2,7 +2,7 @@
 transformers' own common tests of models, on every class of ours.
 
 They come with transformers' source alone: HF_MIM_TRANSFORMERS_SOURCE names its folder, a clone or what
-`pip download transformers==5.24.0 --no-deps --no-binary :all:` fetched, unpacked. (`pip install parameterized` too.)
+`pip download transformers==5.24.0 --no-deps --no-binary :all:` fetched, unpacked. CI does this.
 
 What is left out is what transformers' tests of ViT and ViTMAE leave out, and no more: `inputs_embeds`, which no
 picture has, and the kind of the input embeddings, an nn.Embedding where there are words. What is random in ViTMAE's
