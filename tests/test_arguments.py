@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import ViTConfig, ViTModel
 
 from hf_mim.data.arguments import DataArguments
@@ -425,6 +426,12 @@ class TestPlainMessages:
         assert "model_type" in plain_message(raised(lambda: TestConfigOfFlags().config("--model_type=x")))
         assert "nowhere" in plain_message(raised((tmp_path / "nowhere").read_text))
         assert plain_message(NonFiniteLossError("step 3")) == "step 3"
+
+    def test_damaged_weights(self, tmp_path):
+        (tmp_path / "model.safetensors").write_bytes(b"0" * 20)
+        assert "weights that is to be read is damaged or cut off (" in plain_message(
+            raised(lambda: safe_open(tmp_path / "model.safetensors", "pt"))
+        )
 
     def test_bugs_keep_their_stack(self):
         assert plain_message(raised(lambda: torch.zeros(2) + torch.zeros(3))) is None

@@ -163,6 +163,13 @@ def test_code_in_a_pickle_is_not_run(model_type, old, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["release.pth"]
 
 
+@pytest.mark.parametrize("contents", [b"", b"hello", b"\x80\x02", b"PK\x03\x04 and so on"])
+def test_what_is_no_checkpoint(contents, tmp_path, capsys):
+    (tmp_path / "release.pth").write_bytes(contents)
+    message = refused(capsys, tmp_path / "release.pth", tmp_path / "out", "--model_type=ocl")
+    assert "release.pth is damaged" in message and os.listdir(tmp_path) == ["release.pth"]
+
+
 def test_bad_input(tmp_path, capsys):
     path = tmp_path / "release.pth"
     state = release("ocl")["model"]

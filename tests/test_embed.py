@@ -3,6 +3,7 @@
 import html.parser
 import json
 import os
+import shutil
 
 import datasets
 import numpy as np
@@ -227,7 +228,11 @@ def test_bad_input(run, folder, tmp_path, capsys):
     assert "--output is missing" in refused(capsys, run)
     assert "ends in .parquet" in refused(capsys, run, folder, tmp_path / "out.csv")
     assert "--nearest must be at least 1" in refused(capsys, run, folder, out, "--nearest=0")
+    assert "from -1 to 1, got 3" in refused(capsys, run, folder, out, "--duplicates_above=3")
     assert "cannot be loaded" in refused(capsys, tmp_path / "nowhere", folder, out)
+    cut = shutil.copytree(run, tmp_path / "cut") / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-10])
+    assert "cannot be loaded: Error while deserializing" in refused(capsys, tmp_path / "cut", folder, out)
     assert sorted(os.listdir(tmp_path)) == ["empty", "five", "images", "run"]
     for taken in ("out.parquet", "out.html", "out.broken.txt"):
         (tmp_path / taken).write_text("mine")

@@ -315,4 +315,7 @@ def test_other_bad_words(run_folder, tmp_path, capsys):
     assert "ends in .onnx" in refused(capsys, run_folder, tmp_path / "out", "--format=onnx")
     assert "--output is missing" in refused(capsys, run_folder)
     assert "cannot be loaded" in refused(capsys, tmp_path / "nowhere", tmp_path / "out")
+    weights = run_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "cannot be loaded: Error while deserializing" in refused(capsys, run_folder, tmp_path / "out")
     assert os.listdir(tmp_path) == ["run"]

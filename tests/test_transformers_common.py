@@ -78,7 +78,7 @@ def common_tests():
 
 
 def without_spread(config):
-    """With initial weights that hardly differ. The original takes each field `..._std` for theirs, those of pixels too."""
+    """With initial weights that hardly differ. The original takes each `..._std` for theirs, that of pixels too."""
     config = copy.deepcopy(config)
     config.initializer_range = 1e-10
     return config

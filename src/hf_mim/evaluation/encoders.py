@@ -6,6 +6,7 @@ import json
 import re
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
@@ -234,7 +235,7 @@ def load_encoder(path: str) -> FeatureEncoder:
         stock = config.model_type not in BASELINES
         model_class = AutoModel if stock else method_class(config.model_type, "Model")
         model = model_class.from_pretrained(path, dtype=torch.float32, **kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"The model {path} cannot be loaded: {error}") from error
     if getattr(config, "vision_config", None) is not None:
         model = getattr(model, "vision_model", model)

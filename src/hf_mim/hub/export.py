@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging
 
@@ -131,7 +132,7 @@ def load_model(path: str | os.PathLike) -> PreTrainedModel:
         # The pooler of a stock ViT is not looked at, and most checkpoints have none.
         kwargs = {"add_pooling_layer": False} if config.model_type == "vit" and model_class is AutoModel else {}
         return tower_of(model_class.from_pretrained(path, dtype=torch.float32, **kwargs).eval())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"The model {path} cannot be loaded: {error}") from error
 
 

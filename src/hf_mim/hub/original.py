@@ -123,7 +123,7 @@ def _unlike(model_type: str, missing: list[str], state: Mapping) -> ValueError:
     named = name_some([repr(name) for name in dict.fromkeys(missing)])
     return ValueError(
         f"The checkpoint has no weights named {named}; it does not look like one of the {model_type} release. It has, "
-        f"for example: {', '.join(list(state)[:5])}."
+        f"for example: {', '.join(list(state)[:5]) or 'nothing'}."
     )
 
 

@@ -55,6 +55,8 @@ class EmbedArguments:
         for flag, least in (("nearest", 1), ("num_shown", 1), ("batch_size", 1), ("num_workers", 0)):
             if getattr(self, flag) is not None and getattr(self, flag) < least:
                 raise ValueError(f"--{flag} must be at least {least}, got {getattr(self, flag)}.")
+        if not -1 <= self.duplicates_above <= 1:
+            raise ValueError(f"--duplicates_above is a similarity from -1 to 1, got {self.duplicates_above}.")
         if self.nearest_by not in ("mean", "cls"):
             raise ValueError(f"--nearest_by is {self.nearest_by!r}; expected mean or cls.")
 

@@ -65,8 +65,8 @@ def pack(data_args: DataArguments, args: PackArguments) -> int:
     Writes the shards that are not there yet, then the index. A picture that cannot be read is listed and left out.
 
     Raises:
-        ValueError: If the data is a stream, a picture has no 8-bit pixels in 1 or 3 channels, or the folder holds
-            shards of other pictures or settings.
+        ValueError: If the data is a stream, no picture can be read, one has no 8-bit pixels in 1 or 3 channels, or the
+            folder holds shards of other pictures or settings.
     """
     if data_args.streaming:
         raise ValueError("What is packed is read by index: leave out --streaming.")
@@ -94,8 +94,10 @@ def _pack(data_args: DataArguments, args: PackArguments, folder: Path) -> int:
         shards, broken = _pack_split(folder, name, images, args)
         index["splits"][name] = shards
         index["broken"] += broken
-    write_json(folder / INDEX, index)
     rows = sum(shard["rows"] for shards in index["splits"].values() for shard in shards)
+    if rows == 0:
+        raise ValueError(f"{train.source} holds no picture that can be read. The first: {index['broken'][0]}")
+    write_json(folder / INDEX, index)
     size = sum(shard["file_bytes"] for shards in index["splits"].values() for shard in shards)
     say(f"Packed {rows} pictures, {size / 2**20:.0f} MiB, into {folder}; --train_dir {folder} trains on them.")
     if index["broken"]:

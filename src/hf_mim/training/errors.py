@@ -10,6 +10,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+from safetensors import SafetensorError
 from transformers import Trainer
 from transformers.utils import logging
 
@@ -52,10 +53,10 @@ def plain_message(error: Exception) -> str | None:
     """
     What to say instead of a stack, or None where the stack is wanted.
 
-    Said plainly are losses that are not finite, broken pictures, a package of an extra that is not installed, what the
-    system says of a file, and a ValueError or OSError that comes before training (flags, sizes, data sets,
-    checkpoints) or from a check of ours. What else torch or transformers raise in training is a bug until shown
-    otherwise.
+    Said plainly are losses that are not finite, broken pictures, damaged weights, a package of an extra that is not
+    installed, what the system says of a file, and a ValueError or OSError that comes before training (flags, sizes,
+    data sets, checkpoints) or from a check of ours. What else torch or transformers raise in training is a bug until
+    shown otherwise.
     """
     text = str(error)
     frames = [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
@@ -78,6 +79,8 @@ def plain_message(error: Exception) -> str | None:
             f"{text} Remove it, or pass --skip_broken_images to leave such pictures out. `hf_mim check` with the same "
             "flags lists all of them."
         )
+    if isinstance(error, SafetensorError):
+        return f"A file of weights that is to be read is damaged or cut off ({text}). Copy or save it again."
     if isinstance(error, NonFiniteLossError) or getattr(error, "filename", None) is not None:
         return text
     if isinstance(error, ImportError) and say_missing(error) is not None:
