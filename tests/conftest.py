@@ -21,6 +21,11 @@ def pytest_configure(config):
             config.addinivalue_line("markers", f"{name}: of transformers")
 
 
+def pytest_unconfigure():
+    # See less_garbage_to_look_through: what is frozen would count as leaked at the interpreter's end.
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def less_garbage_to_look_through():
     """

@@ -233,7 +233,7 @@ def test_bad_input(run, folder, tmp_path, capsys):
     cut = shutil.copytree(run, tmp_path / "cut") / "model.safetensors"
     cut.write_bytes(cut.read_bytes()[:-10])
     assert "cannot be loaded: Error while deserializing" in refused(capsys, tmp_path / "cut", folder, out)
-    assert sorted(os.listdir(tmp_path)) == ["empty", "five", "images", "run"]
+    assert sorted(os.listdir(tmp_path)) == ["cut", "empty", "five", "images", "run"]
     for taken in ("out.parquet", "out.html", "out.broken.txt"):
         (tmp_path / taken).write_text("mine")
         assert f"{tmp_path / taken} exists" in refused(capsys, run, folder, out, "--nearest=2")
