@@ -31,7 +31,8 @@ import torch
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from hf_mim.models.vit.modeling_vit import (
-    MaskedViTBackbone, MaskedViTForImageClassification, MaskedViTForSemanticSegmentation, MaskedViTModel, with_encoder
+    MaskedViTBackbone, MaskedViTForDepthEstimation, MaskedViTForImageClassification, MaskedViTForSemanticSegmentation,
+    MaskedViTModel, with_encoder
 )
 from hf_mim.models.vit.pretraining import MaskedViTForPreTraining
 from toys.toy.configuration_toy import ToyConfig
@@ -62,6 +63,7 @@ class ToyForImageClassification(MaskedViTForImageClassification):
     config: ToyConfig
     encoder_class = ToyModel
 
+ToyForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, ToyModel)
 ToyForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, ToyModel)
 
 class ToyBackbone(MaskedViTBackbone):

@@ -9,7 +9,15 @@ from hf_mim.registry import METHODS, method_class, method_module
 from tiny import tiny_model
 from tiny_training import run
 
-SUFFIXES = ("Config", "Model", "ForPreTraining", "ForImageClassification", "ForSemanticSegmentation", "Backbone")
+SUFFIXES = (
+    "Config",
+    "Model",
+    "ForPreTraining",
+    "ForImageClassification",
+    "ForSemanticSegmentation",
+    "ForDepthEstimation",
+    "Backbone",
+)
 
 
 # What a process has imported after some code.
@@ -74,6 +82,7 @@ def test_mappings_give_the_real_classes(model_type):
         ("AutoModelForPreTraining", "ForPreTraining"),
         ("AutoModelForImageClassification", "ForImageClassification"),
         ("AutoModelForSemanticSegmentation", "ForSemanticSegmentation"),
+        ("AutoModelForDepthEstimation", "ForDepthEstimation"),
         ("AutoBackbone", "Backbone"),
     ):
         mapping, config_class = getattr(transformers, auto)._model_mapping, method_class(model_type, "Config")

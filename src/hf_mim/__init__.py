@@ -37,7 +37,8 @@ _IN_MODULES = {
 # Of a baseline what transformers has not, or has with other defaults; of the encoder without a method all but a task.
 _SUFFIXES = dict.fromkeys(METHODS, ("Config", *_AUTO_CLASSES.values()))
 _SUFFIXES |= dict.fromkeys(
-    ENCODER, ("Config", "Model", "ForImageClassification", "ForSemanticSegmentation", "Backbone")
+    ENCODER,
+    ("Config", "Model", "ForImageClassification", "ForSemanticSegmentation", "ForDepthEstimation", "Backbone"),
 )
 _SUFFIXES |= dict.fromkeys(BASELINES, ("Config", "ForPreTraining"))
 _CLASSES = {
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from .jobs.finetuning import FineTuningArguments as FineTuningArguments
     from .models.dbot.configuration_dbot import DBOTConfig as DBOTConfig
     from .models.dbot.modeling_dbot import DBOTBackbone as DBOTBackbone
+    from .models.dbot.modeling_dbot import DBOTForDepthEstimation as DBOTForDepthEstimation
     from .models.dbot.modeling_dbot import DBOTForImageClassification as DBOTForImageClassification
     from .models.dbot.modeling_dbot import DBOTForPreTraining as DBOTForPreTraining
     from .models.dbot.modeling_dbot import DBOTForSemanticSegmentation as DBOTForSemanticSegmentation
@@ -75,18 +77,21 @@ if TYPE_CHECKING:
     from .models.ijepa.modeling_ijepa import IJepaForPreTraining as IJepaForPreTraining
     from .models.ocl.configuration_ocl import OCLConfig as OCLConfig
     from .models.ocl.modeling_ocl import OCLBackbone as OCLBackbone
+    from .models.ocl.modeling_ocl import OCLForDepthEstimation as OCLForDepthEstimation
     from .models.ocl.modeling_ocl import OCLForImageClassification as OCLForImageClassification
     from .models.ocl.modeling_ocl import OCLForPreTraining as OCLForPreTraining
     from .models.ocl.modeling_ocl import OCLForSemanticSegmentation as OCLForSemanticSegmentation
     from .models.ocl.modeling_ocl import OCLModel as OCLModel
     from .models.pilamim.configuration_pilamim import PiLaMIMConfig as PiLaMIMConfig
     from .models.pilamim.modeling_pilamim import PiLaMIMBackbone as PiLaMIMBackbone
+    from .models.pilamim.modeling_pilamim import PiLaMIMForDepthEstimation as PiLaMIMForDepthEstimation
     from .models.pilamim.modeling_pilamim import PiLaMIMForImageClassification as PiLaMIMForImageClassification
     from .models.pilamim.modeling_pilamim import PiLaMIMForPreTraining as PiLaMIMForPreTraining
     from .models.pilamim.modeling_pilamim import PiLaMIMForSemanticSegmentation as PiLaMIMForSemanticSegmentation
     from .models.pilamim.modeling_pilamim import PiLaMIMModel as PiLaMIMModel
     from .models.tec.configuration_tec import TECConfig as TECConfig
     from .models.tec.modeling_tec import TECBackbone as TECBackbone
+    from .models.tec.modeling_tec import TECForDepthEstimation as TECForDepthEstimation
     from .models.tec.modeling_tec import TECForImageClassification as TECForImageClassification
     from .models.tec.modeling_tec import TECForPreTraining as TECForPreTraining
     from .models.tec.modeling_tec import TECForSemanticSegmentation as TECForSemanticSegmentation
@@ -94,6 +99,7 @@ if TYPE_CHECKING:
     from .models.vit.configuration_vit import MaskedViTConfig as MaskedViTConfig
     from .models.vit.encoders import encoder_from as encoder_from
     from .models.vit.modeling_vit import MaskedViTBackbone as MaskedViTBackbone
+    from .models.vit.modeling_vit import MaskedViTForDepthEstimation as MaskedViTForDepthEstimation
     from .models.vit.modeling_vit import MaskedViTForImageClassification as MaskedViTForImageClassification
     from .models.vit.modeling_vit import MaskedViTForSemanticSegmentation as MaskedViTForSemanticSegmentation
     from .models.vit.modeling_vit import MaskedViTModel as MaskedViTModel

@@ -48,6 +48,7 @@ _AUTO_CLASSES = {
     "AutoModelForPreTraining": "ForPreTraining",
     "AutoModelForImageClassification": "ForImageClassification",
     "AutoModelForSemanticSegmentation": "ForSemanticSegmentation",
+    "AutoModelForDepthEstimation": "ForDepthEstimation",
     "AutoBackbone": "Backbone",
 }
 _OF_BASELINES = ("Config", "Model", "ForPreTraining")
@@ -78,8 +79,8 @@ def method_module(model_type: str, kind: str):
 def method_class(model_type: str, suffix: str) -> type:
     """
     A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification",
-    "ForSemanticSegmentation" or "Backbone"; a baseline has the first three, the encoder without a method all but
-    "ForPreTraining".
+    "ForSemanticSegmentation", "ForDepthEstimation" or "Backbone"; a baseline has the first three, the encoder without
+    a method all but "ForPreTraining".
 
     Raises:
         ValueError: If there is no such method or class.

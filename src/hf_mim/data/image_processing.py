@@ -102,15 +102,46 @@ class MIMImageProcessor(TorchvisionBackend):
         logits = outputs["logits"].float()
         if target_sizes is None:
             return list(logits.argmax(dim=1))
-        if len(target_sizes) != len(logits):
-            raise ValueError(f"{len(target_sizes)} target_sizes for {len(logits)} pictures; expected one for each.")
-        maps = []
+        _check_sizes(target_sizes, len(logits))
         # One picture's logits at a time.
-        for one, size in zip(logits, target_sizes, strict=True):
-            size = tuple(int(side) for side in size)
-            upsampled = torch.nn.functional.interpolate(one[None], size=size, mode="bilinear", align_corners=False)
-            maps.append(upsampled[0].argmax(dim=0))
-        return maps
+        return [_interpolated(one, size).argmax(dim=0) for one, size in zip(logits, target_sizes, strict=True)]
+
+    def post_process_depth_estimation(
+        self, outputs, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """
+        The depth of each pixel.
+
+        Args:
+            outputs: Of a model for depth estimation; `predicted_depth` (batch_size, rows, columns).
+            target_sizes (sequence of (height, width), *optional*): Of the pictures, to whose pixels the depths are
+                interpolated; as many rows and columns as the model gives if None.
+
+        Returns:
+            For each picture `{"predicted_depth": depths}`, float32 of shape `(height, width)`.
+
+        Raises:
+            ValueError: If there are not as many sizes as pictures.
+        """
+        depths = outputs["predicted_depth"].float()
+        if target_sizes is None:
+            return [{"predicted_depth": one} for one in depths]
+        _check_sizes(target_sizes, len(depths))
+        return [
+            {"predicted_depth": _interpolated(one[None], size)[0]}
+            for one, size in zip(depths, target_sizes, strict=True)
+        ]
+
+
+def _check_sizes(target_sizes, number: int) -> None:
+    if len(target_sizes) != number:
+        raise ValueError(f"{len(target_sizes)} target_sizes for {number} pictures; expected one for each.")
+
+
+def _interpolated(maps: torch.Tensor, size) -> torch.Tensor:
+    """Maps (channels, rows, columns) at that (height, width)."""
+    size = tuple(int(side) for side in size)
+    return torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def _as_list(images) -> list:

@@ -10,8 +10,10 @@ from transformers.utils.generic import can_return_tuple
 from ..vit.frozen import build_frozen
 from ..vit.frozen_sources import read_source
 from ..vit.modeling_vit import (
+    HEADS,
     MaskedViTBackbone,
     MaskedViTDecoder,
+    MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
@@ -55,7 +57,7 @@ class DBOTModel(MaskedViTModel):
 
     config: DBOTConfig
     # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
-    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^decoder\.", r"^classifier\.", r"^segmentation_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^teacher\.", r"^decoder\.", *HEADS]
 
 
 class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
@@ -136,11 +138,13 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
 
 
 DBOTForImageClassification = with_encoder(MaskedViTForImageClassification, DBOTModel)
+DBOTForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, DBOTModel)
 DBOTForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, DBOTModel)
 DBOTBackbone = with_encoder(MaskedViTBackbone, DBOTModel)
 
 __all__ = [
     "DBOTBackbone",
+    "DBOTForDepthEstimation",
     "DBOTForImageClassification",
     "DBOTForPreTraining",
     "DBOTForSemanticSegmentation",

@@ -12,7 +12,9 @@ from transformers.utils.generic import can_return_tuple
 
 from ..vit.autocast import without_autocast
 from ..vit.modeling_vit import (
+    HEADS,
     MaskedViTBackbone,
+    MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
@@ -60,7 +62,7 @@ class OCLModel(MaskedViTModel):
 
     config: OCLConfig
     # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
-    _keys_to_ignore_on_load_unexpected = [r"^temperature\.", r"^head\.", r"^classifier\.", r"^segmentation_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^temperature\.", r"^head\.", *HEADS]
 
 
 class OCLTemperature(nn.Module):
@@ -346,11 +348,13 @@ class _Gather(torch.autograd.Function):
 
 
 OCLForImageClassification = with_encoder(MaskedViTForImageClassification, OCLModel)
+OCLForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, OCLModel)
 OCLForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, OCLModel)
 OCLBackbone = with_encoder(MaskedViTBackbone, OCLModel)
 
 __all__ = [
     "OCLBackbone",
+    "OCLForDepthEstimation",
     "OCLForImageClassification",
     "OCLForPreTraining",
     "OCLForSemanticSegmentation",

@@ -7,8 +7,10 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.modeling_vit import (
+    HEADS,
     MaskedViTBackbone,
     MaskedViTDecoder,
+    MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
@@ -61,8 +63,7 @@ class PiLaMIMModel(MaskedViTModel):
     _keys_to_ignore_on_load_unexpected = [
         r"^target_encoder\.",
         r"^(pixel|latent)_decoder\.",
-        r"^classifier\.",
-        r"^segmentation_head\.",
+        *HEADS,
     ]
 
 
@@ -155,11 +156,13 @@ class PiLaMIMForPreTraining(AveragedTeacherMixin, MaskedViTForPreTraining):
 
 
 PiLaMIMForImageClassification = with_encoder(MaskedViTForImageClassification, PiLaMIMModel)
+PiLaMIMForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, PiLaMIMModel)
 PiLaMIMForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, PiLaMIMModel)
 PiLaMIMBackbone = with_encoder(MaskedViTBackbone, PiLaMIMModel)
 
 __all__ = [
     "PiLaMIMBackbone",
+    "PiLaMIMForDepthEstimation",
     "PiLaMIMForImageClassification",
     "PiLaMIMForPreTraining",
     "PiLaMIMForSemanticSegmentation",

@@ -15,9 +15,11 @@ from ..vit.frozen import attention_products, build_frozen
 from ..vit.frozen_sources import FrozenSource
 from ..vit.masking import restore_order
 from ..vit.modeling_vit import (
+    HEADS,
     DecoderSizes,
     MaskedViTBackbone,
     MaskedViTEmbeddings,
+    MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
@@ -36,7 +38,7 @@ from .configuration_tec import TECConfig
 logger = logging.get_logger(__name__)
 
 # What a checkpoint may hold besides the encoder; not worth a warning when only the encoder is loaded.
-_BESIDES_ENCODER = [r"^base\.", r"^decoder\.", r"^encoder_adapter\.", r"^classifier\.", r"^segmentation_head\."]
+_BESIDES_ENCODER = [r"^base\.", r"^decoder\.", r"^encoder_adapter\.", *HEADS]
 
 
 @dataclass
@@ -478,11 +480,13 @@ class TECForImageClassification(MaskedViTForImageClassification):
         return self.classify(pool(adapted, self.config), labels, outputs)
 
 
+TECForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, TECModel)
 TECForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, TECModel)
 TECBackbone = with_encoder(MaskedViTBackbone, TECModel)
 
 __all__ = [
     "TECBackbone",
+    "TECForDepthEstimation",
     "TECForImageClassification",
     "TECForPreTraining",
     "TECForSemanticSegmentation",

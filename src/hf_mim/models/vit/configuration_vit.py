@@ -62,6 +62,13 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
         segmentation_head_size (`int`, defaults to 512): Channels of UperNet and its pyramid.
         auxiliary_loss_weight (`float`, defaults to 0.4): Of the auxiliary head's loss.
         semantic_loss_ignore_index (`int`, defaults to 255): The class of pixels that do not count.
+        depth_head (`str`, defaults to `"linear"`): Of `ForDepthEstimation`: `"linear"`, BatchNorm and one 1 x 1
+            convolution on the patches, or `"dpt"`, which fuses those of four blocks at four sizes.
+        depth_head_size (`int`, defaults to 256): Channels of `"dpt"`.
+        log_depth_mean (`float`, defaults to 0.0): Natural logarithm of the depth that the head starts from: that of a
+            usual one, in the unit of the depths.
+        scale_invariance (`float`, defaults to 0.5): Of the loss of depths, 0 to 1: how little a factor that all of a
+            picture's are wrong by counts.
 
     Raises:
         ValueError: If sizes do not fit each other, naming the values.
@@ -100,6 +107,10 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     segmentation_head_size: int = 512
     auxiliary_loss_weight: float | int = 0.4
     semantic_loss_ignore_index: int = 255
+    depth_head: str = "linear"
+    depth_head_size: int = 256
+    log_depth_mean: float | int = 0.0
+    scale_invariance: float | int = 0.5
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -203,6 +214,10 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
             )
         if self.segmentation_head not in ("linear", "upernet"):
             raise ValueError(f'segmentation_head is {self.segmentation_head!r}; expected "linear" or "upernet".')
+        if self.depth_head not in ("linear", "dpt"):
+            raise ValueError(f'depth_head is {self.depth_head!r}; expected "linear" or "dpt".')
+        if not 0 <= self.scale_invariance <= 1:
+            raise ValueError(f"scale_invariance is {self.scale_invariance}; expected a number in [0, 1].")
         if self.pooling not in ("cls", "mean"):
             raise ValueError(f'pooling is {self.pooling!r}; expected "cls" or "mean".')
         if self.needs_cls_token and not self.use_cls_token:

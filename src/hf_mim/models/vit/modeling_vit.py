@@ -1,5 +1,5 @@
 """
-The masked Vision Transformer that every method shares: encoder, decoder, classifier, segmenter and backbone.
+The masked Vision Transformer that every method shares: encoder, decoder, backbone, and the models with a head.
 
 Parameter names are those of transformers' `ViTModel`, so that encoders go to and from the stock classes by name. What
 is added: masking before the patch projection, fixed positions, rectangular grids, any number of channels, and
@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
+    DepthEstimatorOutput,
     ImageClassifierOutput,
     SemanticSegmenterOutput,
 )
@@ -30,6 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from .alignment import AlignedLoading
 from .attention import MaskedViTAttention, MaskedViTMLP
 from .configuration_vit import MaskedViTConfig
+from .depth import build_depth_head, scale_invariant_log_loss
 from .masking import restore_order
 from .pixels import PixelRenormalization
 from .position import fixed_position_table, interpolate_position_table, rotary_table, select_positions
@@ -40,6 +42,9 @@ from .transfer import refuse_other_positions
 logger = logging.get_logger(__name__)
 
 _Model = TypeVar("_Model", bound=PreTrainedModel)
+
+# The heads that a checkpoint may hold besides an encoder; not worth a warning when that alone is loaded.
+HEADS = [r"^classifier\.", r"^segmentation_head\.", r"^depth_head\."]
 
 
 def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
@@ -364,8 +369,7 @@ class MaskedViTModel(MaskedViTPreTrainedModel):
     """The encoder. Methods subclass it with their own config."""
 
     embeddings_class = MaskedViTEmbeddings
-    # What a checkpoint may hold besides; not worth a warning when only the encoder is loaded.
-    _keys_to_ignore_on_load_unexpected = [r"^classifier\.", r"^segmentation_head\."]
+    _keys_to_ignore_on_load_unexpected = HEADS
 
     def __init__(self, config: MaskedViTConfig):
         config.check_sizes()
@@ -608,7 +612,20 @@ class MaskedViTForImageClassification(MaskedViTWithHead):
         )
 
 
-class MaskedViTForSemanticSegmentation(MaskedViTWithHead):
+class MaskedViTForPixels(MaskedViTWithHead):
+    """An encoder and a head that tells something of each pixel."""
+
+    def trainable_modes(self) -> tuple[str, ...]:
+        """What may be trained besides everything."""
+        return ("head",)
+
+    def set_trainable(self, mode: str) -> None:
+        """Leaves one of `trainable_modes()` to be trained, and freezes the rest."""
+        for part in self.children():
+            part.requires_grad_(part is not self.encoder)
+
+
+class MaskedViTForSemanticSegmentation(MaskedViTForPixels):
     """
     An encoder, and a head on the patches of its last block after the final LayerNorm that tells the class of each
     pixel: `config.segmentation_head`.
@@ -622,15 +639,6 @@ class MaskedViTForSemanticSegmentation(MaskedViTWithHead):
         self.encoder = self.encoder_class(config)
         self.segmentation_head = build_segmentation_head(config)
         self.post_init()
-
-    def trainable_modes(self) -> tuple[str, ...]:
-        """What may be trained besides everything."""
-        return ("head",)
-
-    def set_trainable(self, mode: str) -> None:
-        """Leaves one of `trainable_modes()` to be trained, and freezes the rest."""
-        self.requires_grad_(False)
-        self.segmentation_head.requires_grad_(True)
 
     @can_return_tuple
     def forward(
@@ -673,6 +681,75 @@ class MaskedViTForSemanticSegmentation(MaskedViTWithHead):
                 loss = loss + self.config.auxiliary_loss_weight * segmentation_loss(auxiliary_logits, labels, ignored)
         return SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class MaskedViTForDepthEstimation(MaskedViTForPixels):
+    """
+    An encoder, and a head on the patches of its blocks after the final LayerNorm that tells how far away each pixel
+    is: `config.depth_head`.
+
+    Loaded from a pretraining checkpoint it starts without that run's stochastic depth: `config.drop_path_rate` is 0
+    unless another is asked for.
+    """
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__(config)
+        self.encoder = self.encoder_class(config)
+        self.depth_head = build_depth_head(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool = True,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> DepthEstimatorOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures,
+                of any size that the patches divide.
+            labels (`torch.Tensor` of shape `(batch_size, label_height, label_width)`, *optional*): The depth of each
+                pixel, in any unit; 0 or not finite where it is not known. The predicted ones are interpolated to this
+                size.
+            interpolate_pos_encoding (`bool`, defaults to True): False refuses other sizes than `config.image_size`.
+            output_hidden_states (`bool`, *optional*): Whether the inputs and outputs of blocks are wanted.
+
+        Returns:
+            `DepthEstimatorOutput`: `loss` (if `labels`), the scale-invariant one of `config.scale_invariance`;
+            `predicted_depth` (batch_size, rows, columns), above 0, in the unit of the labels, one a patch with the
+            head "linear", four times as many rows and columns with "dpt"; and `hidden_states`, `attentions` when
+            asked for.
+
+        Raises:
+            ValueError: If the sizes do not fit.
+            TypeError: If there is no such argument.
+        """
+        refuse_unknown(self, kwargs)
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        stages = self.depth_head.stages
+        outputs = self.encoder(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_hidden_states=output_hidden_states or stages,
+            return_dict=True,
+            **kwargs,
+        )
+        tokens = [self.encoder.layernorm(outputs.hidden_states[stage]) for stage in stages]
+        relative = self.depth_head([_as_map(one, pixel_values, self.config) for one in tokens]).squeeze(1)
+        predicted_depth = (relative.float() + self.config.log_depth_mean).exp()
+        loss = None
+        if labels is not None:
+            loss = scale_invariant_log_loss(predicted_depth, labels, self.config.scale_invariance)
+        return DepthEstimatorOutput(
+            loss=loss,
+            predicted_depth=predicted_depth,
+            hidden_states=outputs.hidden_states if output_hidden_states else None,
+            attentions=outputs.attentions,
         )
 
 
