@@ -246,8 +246,12 @@ class TestRecipes:
 
     @pytest.mark.parametrize(
         "path",
-        # test_finetuning.py reads the others.
-        [path for path in sorted((REPOSITORY / "examples" / "recipes").iterdir()) if "finetune" not in path.stem],
+        # test_finetuning.py and test_segmentation_run.py read the others.
+        [
+            path
+            for path in sorted((REPOSITORY / "examples" / "recipes").iterdir())
+            if not path.stem.startswith(("finetune", "segment"))
+        ],
         ids=lambda path: path.stem,
     )
     def test_ours_can_be_read(self, path, tmp_path):

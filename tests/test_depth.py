@@ -1,15 +1,23 @@
 """Estimators of depth: models of every method, what they are trained and judged by, and their data."""
 
+import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file
 
 import hf_mim
+from hf_mim.data.arguments import DataArguments
+from hf_mim.data.dense import DenseTransform
+from hf_mim.data.depth import DepthMapArguments, load_depths
 from hf_mim.data.image_processing import MIMImageProcessor
+from hf_mim.evaluation.depth import DepthErrors
+from hf_mim.jobs.depth import main
 from hf_mim.models.vit.depth import DPTDepthHead, scale_invariant_log_loss
 from hf_mim.registry import METHODS, method_class
 from hf_mim.training.layer_decay import parameter_depth
@@ -33,6 +41,9 @@ def test_of_a_pretraining_checkpoint(method, head, scale, tmp_path):
         tmp_path / "pretrained", depth_head=head, depth_head_size=8, log_depth_mean=1.0
     )
     assert type(model) is method_class(method, "ForDepthEstimation") and model.config.drop_path_rate == 0
+    with torch.no_grad():
+        usual = model(pictures(32, 48)).predicted_depth
+        torch.testing.assert_close(usual, torch.full_like(usual, math.e))
     for name, value in model.encoder.state_dict().items():
         assert torch.equal(value, pretrained.encoder.state_dict()[name]), name
     batch = pictures(32, 48)
@@ -173,3 +184,164 @@ def test_a_step_of_transformers_own_dpt_on_our_backbone(tmp_path):
     with torch.no_grad():
         batch = pictures(32, 64, channels=3)
         assert torch.equal(loaded(batch).predicted_depth, model(batch).predicted_depth)
+
+
+# ---- The job
+
+
+def test_scenes_from_end_to_end_and_resumed_to_the_bit(tmp_path, capsys):
+    flags = [
+        "--model_type=dbot",
+        "--image_size=16",
+        "--config_overrides=hidden_size=16,num_hidden_layers=4,num_attention_heads=2",
+        "--max_train_samples=16",
+        "--max_eval_samples=3",
+        "--max_steps=4",
+        "--warmup_epochs=0",
+        "--save_steps=2",
+        "--eval_strategy=no",
+        "--logging_steps=1",
+        "--use_cpu",
+        "--disable_tqdm=true",
+        "--bf16=false",
+        "--per_device_train_batch_size=4",
+        "--depth_head=dpt",
+        "--depth_head_size=8",
+        f"--data_cache_dir={tmp_path}",
+    ]
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert main([*flags, f"--output_dir={out}"]) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["num_test"] == 3 and 0 < results["rmse"] < 20 and 0 < results["delta1"] <= 100
+    assert f"RMSE: {results['rmse']:.4g};" in capsys.readouterr().out
+    assert Image.open(out / "depth.png").size[1] > 300
+    assert "pipeline_tag: depth-estimation" in (out / "README.md").read_text()
+    # It starts from the scenes' usual depth, which a camera some ten units away sees.
+    assert 5 < math.exp(json.loads((out / "config.json").read_text())["log_depth_mean"]) < 20
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    assert transformers.pipeline("depth-estimation", str(out))(picture)["depth"].size == (30, 20)
+
+    again.mkdir()
+    shutil.copytree(out / "checkpoint-2", again / "checkpoint-2")
+    assert main([*flags, f"--output_dir={again}"]) == 0
+    first, second = (load_file(folder / "model.safetensors") for folder in (out, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_errors_by_hand_and_as_sums():
+    truth = torch.tensor([2.0, 4.0, 0.0, math.nan, 10.0])
+    told = torch.tensor([2.4, 2.0, 7.0, 7.0, 12.0])
+    errors = DepthErrors()
+    errors.add(truth, told)
+    scores = errors.scores()
+    assert scores["rmse"] == pytest.approx(math.sqrt((0.4**2 + 2**2 + 2**2) / 3))
+    assert scores["abs_rel"] == pytest.approx(100 * (0.2 + 0.5 + 0.2) / 3)
+    assert scores["delta1"] == pytest.approx(200 / 3)
+    parts = DepthErrors()
+    parts.add(truth[:2], told[:2])
+    parts.add(truth[2:], told[2:])
+    torch.testing.assert_close(parts.counts, errors.counts)
+    assert DepthErrors().scores() == {"rmse": 0.0, "abs_rel": 0.0, "delta1": 0.0}
+
+
+def test_augmentation_moves_depths_with_the_picture():
+    depth = torch.rand(20, 30) + 1
+    item = {"image": depth.expand(3, -1, -1), "depth": depth}
+    transform = DenseTransform("depth", 0.0, (20, 12), [0.0] * 3, [1.0] * 3, scale_jitter=(1, 1))
+    found = [transform(item, 0, index) for index in range(4)]
+    assert all(torch.equal(one["pixel_values"][0], one["labels"]) for one in found)
+    assert len({one["labels"].numpy().tobytes() for one in found}) > 1
+    smaller = DenseTransform("depth", 0.0, (20, 12), [0.0] * 3, [1.0] * 3, scale_jitter=(0.5, 0.5))(item, 0, 0)
+    assert (smaller["labels"] == 0).sum() >= 20 * 12 - 10 * 15 and smaller["labels"].dtype == torch.float32
+
+
+# ---- Depth maps
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Four pictures, and depths of 1 to 4 metres in millimetres."""
+    for name in ("images", "depths"):
+        (tmp_path / name).mkdir()
+    for number in range(4):
+        depth = np.full((16, 20), 1000 * (number + 1), dtype=np.uint16)
+        depth[:2] = 0
+        Image.fromarray(np.zeros((16, 20, 3), np.uint8)).save(tmp_path / "images" / f"{number}.jpg")
+        Image.fromarray(depth).save(tmp_path / "depths" / f"{number}.png")
+    return tmp_path
+
+
+def load(root, **fields):
+    data = DataArguments(train_dir=str(root / "images"), num_channels=3, image_size=[16], validation_fraction=0.25)
+    return load_depths(data, DepthMapArguments(train_depth_dir=str(root / "depths"), **fields), 0)
+
+
+def test_depths_of_a_folder(folders):
+    stored = np.full((16, 20), np.nan, dtype=np.float64)
+    stored[5] = 1000.0
+    (folders / "depths" / "0.png").unlink()
+    np.save(folders / "depths" / "0.npy", stored)
+    train, validation, mean = load(folders, depth_scale=0.001)
+    assert (len(train), len(validation)) == (3, 1)
+    logarithms = []
+    for split in (train, validation):
+        for index in range(len(split)):
+            depths = split.annotated(index, ["depth"])["depth"]
+            number = int(split.name(index)[-5])
+            known = depths[5:6] if number == 0 else depths[2:]
+            assert (depths > 0).sum() == known.numel() and depths.dtype == torch.float32
+            torch.testing.assert_close(known, torch.full_like(known, number + 1.0))
+            logarithms += [math.log(number + 1)] * known.numel() * (split is train)
+    assert mean == pytest.approx(np.mean(logarithms))
+
+
+def _save(array, name="1.png"):
+    return lambda root: Image.fromarray(array).save(root / "depths" / name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "depths" / "1.png").unlink(), r"images/1\.jpg has no depth .*depths/1\.png \(1 of 4"),
+        (lambda root: (root / "images" / "1.jpg").unlink(), r"depths/1\.png has no picture of its stem"),
+        (_save(np.ones((20, 16), np.uint16)), r"1\.png has 20 x 16 pixels.*1\.jpg, 16 x 20"),
+        (_save(np.zeros((16, 20, 3), np.uint8)), r"1\.png: a depth map of colours \(RGB\)"),
+        (_save(np.zeros((16, 20), np.uint8)), r"1\.png: a depth map of 8 bits"),
+        (_save(np.full((16, 20), -1.0, np.float32), "1.tiff"), r"1\.tiff: a depth of -1; expected numbers above 0"),
+        (lambda root: (root / "depths" / "1.png").write_bytes(b""), r"1\.png: the depth map cannot be read"),
+    ],
+)
+def test_what_is_wrong_with_a_depth_map_is_told_by_its_name(folders, change, message):
+    if "tiff" in message:
+        (folders / "depths" / "1.png").unlink()
+    change(folders)
+    with pytest.raises(ValueError, match=message):
+        load(folders)
+
+
+def test_depths_that_say_nothing_are_refused(folders):
+    for number in range(4):
+        Image.fromarray(np.zeros((16, 20), np.uint16)).save(folders / "depths" / f"{number}.png")
+    with pytest.raises(ValueError, match="No pixel of the depth maps of .*images has a depth"):
+        load(folders)
+    with pytest.raises(ValueError, match="--train_dir and --train_depth_dir go together"):
+        load_depths(DataArguments(train_dir=str(folders / "images")), DepthMapArguments(), 0)
+    with pytest.raises(ValueError, match="--depth_scale is 0"):
+        DepthMapArguments(depth_scale=0.0)
+
+
+def test_depths_of_a_column(tmp_path):
+    import datasets
+
+    depths = [np.full((16, 20), number + 1.0, dtype=np.float32) for number in range(4)]
+    columns = {"image": [Image.new("RGB", (20, 16)) for _ in depths], "depth_map": depths}
+    features = datasets.Features(image=datasets.Image(), depth_map=datasets.Array2D((16, 20), "float32"))
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(tmp_path / "data"))
+    data = DataArguments(
+        dataset_name=str(tmp_path / "data"), num_channels=3, image_size=[16], image_column_name="image",
+        validation_fraction=0.25,
+    )  # fmt: skip
+    train, validation, _ = load_depths(data, DepthMapArguments(depth_scale=2.0), 0)
+    items = [split.annotated(index, ["depth"]) for split in (train, validation) for index in range(len(split))]
+    found = [int(item["depth"][3, 4]) for item in items]
+    assert sorted(found) == [2, 4, 6, 8] and len(validation) == 1

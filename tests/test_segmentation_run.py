@@ -9,13 +9,17 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file
-from torch import nn
 
 from hf_mim.data.arguments import DataArguments
-from hf_mim.data.segmentation import MaskArguments, SegmentationTransform, read_mask
-from hf_mim.evaluation.segmentation import Confusion, sliding_logits, window_starts
-from hf_mim.jobs.segmentation import load_masked, main
-from tiny_training import run
+from hf_mim.data.dense import DenseTransform
+from hf_mim.data.segmentation import MaskArguments, load_masked
+from hf_mim.evaluation.segmentation import Confusion
+from hf_mim.evaluation.windows import sliding_maps, window_starts
+from hf_mim.jobs.segmentation import CLASSES, main
+from hf_mim.training.command import parse_arguments
+from hf_mim.training.presets import SEGMENTATION_PRESETS
+from tiny import tiny_model
+from tiny_training import REPOSITORY, run
 
 SMALL = [
     "--model_type=tec",
@@ -99,20 +103,16 @@ def test_scores_by_hand_and_as_sums():
 def test_windows_cover_and_their_means_are_taken():
     assert window_starts(6, 6, 4) == [0] and window_starts(13, 6, 4) == [0, 4, 7]
 
-    class Places(nn.Module):
+    def predict(pixel_values):
         """The pixel's own value, and where it lies in the window."""
-
-        def forward(self, pixel_values):
-            row = torch.arange(6.0)[:, None].expand(6, 6)
-            return transformers.modeling_outputs.SemanticSegmenterOutput(
-                logits=torch.stack([pixel_values[0, 0], row])[None]
-            )
+        row = torch.arange(6.0)[:, None].expand(6, 6)
+        return torch.stack([pixel_values[0, 0], row])[None]
 
     pixel_values = torch.randn(1, 13, 8)
-    logits = sliding_logits(Places(), pixel_values, (6, 6))
-    torch.testing.assert_close(logits[0], pixel_values[0])
+    maps = sliding_maps(predict, pixel_values, (6, 6))
+    torch.testing.assert_close(maps[0], pixel_values[0])
     rows = [0, 1, 2, 3, (4 + 0) / 2, (5 + 1) / 2, 2, (3 + 0) / 2, (4 + 1) / 2, (5 + 2) / 2, 3, 4, 5]
-    torch.testing.assert_close(logits[1], torch.tensor(rows)[:, None].expand(13, 8))
+    torch.testing.assert_close(maps[1], torch.tensor(rows)[:, None].expand(13, 8))
 
 
 # ---- What it is trained on
@@ -121,7 +121,8 @@ def test_windows_cover_and_their_means_are_taken():
 def test_augmentation_is_a_function_of_epoch_and_index_and_moves_both_alike():
     mask = torch.randint(0, 4, (20, 30), dtype=torch.uint8)
     item = {"image": (mask * 60).expand(3, -1, -1), "mask": mask}
-    transform = SegmentationTransform((20, 12), [0.0] * 3, [1.0] * 3, scale_jitter=(1, 1), photometric_jitter=False)
+    still = {"scale_jitter": (1, 1), "photometric_jitter": False}
+    transform = DenseTransform("mask", 255, (20, 12), [0.0] * 3, [1.0] * 3, **still)
     found = [transform(item, 0, index) for index in range(8)]
     for one in found:
         assert one["pixel_values"].shape == (3, 20, 12) and one["labels"].shape == (20, 12)
@@ -131,7 +132,7 @@ def test_augmentation_is_a_function_of_epoch_and_index_and_moves_both_alike():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert torch.equal(again["labels"], found[3]["labels"])
     assert len({one["labels"].numpy().tobytes() for one in found}) > 4
-    other = SegmentationTransform((20, 12), [0.5] * 3, [1.0] * 3, scale_jitter=(0.4, 0.5))(item, 1, 0)
+    other = DenseTransform("mask", 255, (20, 12), [0.5] * 3, [1.0] * 3, scale_jitter=(0.4, 0.5))(item, 1, 0)
     assert (other["labels"] == 255).sum() > 100 and set(other["labels"].unique().tolist()) <= {0, 1, 2, 3, 255}
 
 
@@ -168,12 +169,12 @@ def test_masks_of_a_folder(folders):
     palette = Image.fromarray(np.full((16, 20), 1, dtype=np.uint8)).convert("P")
     palette.putpalette([0, 0, 0, 200, 30, 90])
     palette.save(folders / "masks" / "0.png")
-    assert (read_mask(str(folders / "masks" / "0.png"), "0") == 1).all()
+    assert (MaskArguments().read(str(folders / "masks" / "0.png"), "0") == 1).all()
 
 
 def test_reduced_labels():
     numbers = np.array([[0, 1, 7, 3]], dtype=np.uint8)
-    assert read_mask(numbers, "x", ignore_index=7, reduce_labels=True).tolist() == [[255, 0, 255, 2]]
+    assert MaskArguments(ignore_index=7, reduce_labels=True).read(numbers, "x").tolist() == [[255, 0, 255, 2]]
 
 
 def _save(array, name="1.png"):
@@ -227,3 +228,75 @@ def test_masks_of_a_column(tmp_path):
     assert torch.equal(item["mask"] * 50, item["image"][0])
     with pytest.raises(ValueError, match="no column parts; it has image, mask. Name it by --mask_column_name"):
         load_masked(data, MaskArguments(mask_column_name="parts"), 0)
+
+
+# ---- The layouts of public sets, and their recipes
+
+
+RECIPES = sorted((REPOSITORY / "examples" / "recipes").glob("segment_*"))
+# The others differ from them in numbers alone.
+FIRST = ("segment_ocl_base_ade20k", "segment_tec_mae_base_imagenet_s")
+
+
+def ade20k(root):
+    """images/ and annotations/ with training/ and validation/; grey masks, 0 for none of the 150 classes."""
+    for split, number in (("training", 4), ("validation", 2)):
+        for index in range(number):
+            mask = np.random.default_rng(index).integers(0, 4, (40, 48), dtype=np.uint8)
+            name = f"ADE_{split[:5]}_{index:08d}"
+            for folder in ("images", "annotations"):
+                (root / "ADEChallengeData2016" / folder / split).mkdir(parents=True, exist_ok=True)
+            picture = Image.fromarray(np.stack([mask * 50] * 3, axis=2))
+            picture.save(root / "ADEChallengeData2016" / "images" / split / f"{name}.jpg")
+            Image.fromarray(mask).save(root / "ADEChallengeData2016" / "annotations" / split / f"{name}.png")
+
+
+def imagenet_s(root):
+    """Folders of pictures and of masks, a sub-folder a class; red + 256 x green, 1000 for what is not known."""
+    for split, number in (("train-semi", 4), ("validation", 2)):
+        for index in range(number):
+            numbers = np.array([0, 300, 1000, 919])[np.random.default_rng(index).integers(0, 4, (40, 48))]
+            mask = np.stack([numbers % 256, numbers // 256, np.zeros_like(numbers)], axis=2).astype(np.uint8)
+            for folder, picture, ending in ((split, mask, "JPEG"), (f"{split}-segmentation", mask, "png")):
+                path = root / "ImageNetS919" / folder / f"n0{index % 2}" / f"n0{index % 2}_{index}.{ending}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(path)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_can_be_read(path, tmp_path):
+    model, data, masks, args = parse_arguments(
+        CLASSES, [str(path), f"--output_dir={tmp_path}", "--use_cpu"], SEGMENTATION_PRESETS
+    )
+    assert data.train_dir and masks.train_mask_dir and masks.reduce_labels != masks.rgb_masks
+    assert f"--model_name_or_path runs/{model.model_type}" in path.read_text() and path.name in path.read_text()
+    assert (args.max_steps, args.warmup_steps) == (160000, 1500) or args.num_train_epochs == 100
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[] if path.stem in FIRST else pytest.mark.slow, id=path.stem) for path in RECIPES],
+)
+def test_first_step_of_a_recipe(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (imagenet_s if "imagenet_s" in path.stem else ade20k)(tmp_path)
+    method = path.stem.split("_")[1]
+    tiny_model(method, "ForPreTraining", image_size=16, patch_size=8, num_channels=3).save_pretrained("weights")
+    flags = ["--model_name_or_path=weights", "--image_size=32", "--segmentation_head_size=8", "--max_steps=1"]
+    flags += ["--per_device_train_batch_size=2", "--dataloader_num_workers=0", "--eval_strategy=no", "--bf16=false"]
+    assert main([str(path), *flags, "--use_cpu", "--disable_tqdm=true", "--output_dir=out"]) == 0
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    # 1000 is the mask's, 919 the highest class; of 0 to 3, 0 is none.
+    assert list(results["iou"]) == [str(number) for number in range(920 if "imagenet_s" in path.stem else 3)]
+    assert results["num_train"] == 4 and results["num_test"] == 2 and results["loss"] > 0
+
+
+def test_masks_in_colours():
+    colours = np.array([[[44, 1, 0], [232, 3, 0], [0, 0, 9]]], dtype=np.uint8)
+    args = MaskArguments(rgb_masks=True)
+    assert args.read(Image.fromarray(colours), "x").tolist() == [[300, 65535, 0]]
+    assert MaskArguments(rgb_masks=True, reduce_labels=True).read(colours, "x").tolist() == [[299, 65535, 65535]]
+    with pytest.raises(ValueError, match="x: a mask of mode L; --rgb_masks expects colours"):
+        args.read(Image.new("L", (4, 4)), "x")
+    with pytest.raises(ValueError, match="--ignore_index is 1000; expected a number from 0 to 255"):
+        MaskArguments(ignore_index=1000)

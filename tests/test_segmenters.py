@@ -310,3 +310,52 @@ def test_a_step_of_transformers_own_heads_at_another_size(build, tmp_path):
         torch.testing.assert_close(
             getattr(loaded(pixel_values=pixel_values), output), getattr(model(pixel_values=pixel_values), output)
         )
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "fields", [{}, {"position_embedding": "learned", "num_register_tokens": 2, "qkv_bias": False}]
+)
+def test_eomt_takes_our_weights(method, fields, tmp_path):
+    model = tiny_model(method, "Model", image_size=32, patch_size=8, **fields)
+    batch, untouched = pictures(channels=5), {name: value.clone() for name, value in model.state_dict().items()}
+    exported = hf_mim.to_eomt(model, num_labels=4, num_queries=5, num_blocks=2, train_num_points=32)
+    assert type(exported) is transformers.EomtForUniversalSegmentation and not exported.training
+    with torch.no_grad():
+        tokens = exported.embeddings(batch)
+        for layer in exported.layers:
+            tokens = layer(tokens)
+        expected = model(batch).last_hidden_state
+        torch.testing.assert_close(exported.layernorm(tokens), expected, rtol=0, atol=1e-5)
+    assert all(torch.equal(value, untouched[name]) for name, value in model.state_dict().items())
+    labels = torch.randint(0, 4, (2, 32, 32), generator=torch.Generator().manual_seed(1))
+    classes = torch.arange(4)
+    masks = [(one == classes[:, None, None]).float() for one in labels]
+    loss = exported.train()(batch, mask_labels=masks, class_labels=[classes, classes]).loss
+    loss.backward()
+    assert loss.isfinite() and exported.layers[0].mlp.fc1.weight.grad.abs().sum() > 0
+    torch.optim.AdamW(exported.parameters(), lr=1e-3).step()
+    exported.eval().save_pretrained(tmp_path)
+    loaded = transformers.EomtForUniversalSegmentation.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(batch).masks_queries_logits, exported(batch).masks_queries_logits)
+
+
+def test_eomt_at_another_size_and_what_it_cannot_be():
+    model = tiny_model("ocl", "Model", image_size=32, patch_size=8, num_channels=3)
+    larger = hf_mim.to_eomt(model, num_labels=2, image_size=48, num_queries=3)
+    batch = pictures(48, 48)
+    with torch.no_grad():
+        tokens = larger.embeddings(batch)
+        for layer in larger.layers:
+            tokens = layer(tokens)
+        expected = model(batch, interpolate_pos_encoding=True).last_hidden_state
+        torch.testing.assert_close(larger.layernorm(tokens), expected, rtol=0, atol=1e-5)
+        assert larger(batch).masks_queries_logits.shape == (2, 3, 24, 24)
+    for fields, message in (
+        ({"image_size": (32, 48), "patch_size": 8}, "image_size is 32 x 48"),
+        ({"image_size": 32, "patch_size": 8, "position_embedding": "rotary"}, "rotary"),
+        ({"image_size": 32, "patch_size": 8, "use_cls_token": False, "pooling": "mean"}, r"no \[CLS\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            hf_mim.to_eomt(hf_mim.MaskedViTModel(small_vit(**fields)), num_labels=2)

@@ -17,6 +17,7 @@ _IN_MODULES = {
     "encoder_from": ".models.vit.encoders",
     "to_dinov2": ".hub.vit",
     "to_dinov3": ".hub.vit",
+    "to_eomt": ".hub.vit",
     "to_vit": ".hub.vit",
     "KNNAccuracy": ".evaluation.metrics",
     "LinearProbeAccuracy": ".evaluation.metrics",
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from .hub.original import from_original as from_original
     from .hub.vit import to_dinov2 as to_dinov2
     from .hub.vit import to_dinov3 as to_dinov3
+    from .hub.vit import to_eomt as to_eomt
     from .hub.vit import to_vit as to_vit
     from .jobs.finetuning import FineTuningArguments as FineTuningArguments
     from .models.dbot.configuration_dbot import DBOTConfig as DBOTConfig

@@ -12,6 +12,7 @@ COMMANDS = {
     "probe": ("hf_mim.jobs.linear_probe", "linear probe of frozen features, by the papers' protocol"),
     "finetune": ("hf_mim.jobs.finetuning", "fine-tune a classifier"),
     "segment": ("hf_mim.jobs.segmentation", "fine-tune a segmenter"),
+    "depth": ("hf_mim.jobs.depth", "fine-tune an estimator of depth"),
     "report": ("hf_mim.jobs.representation_report", "k-NN, probes, RankMe and pictures of one or several models"),
     "embed": ("hf_mim.jobs.embed", "features of images as a table, and pages of nearest neighbours"),
     "export": ("hf_mim.jobs.export", "write an encoder or classifier for other software: ViT, timm, ONNX, ..."),

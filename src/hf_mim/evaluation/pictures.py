@@ -71,6 +71,24 @@ def to_rgb(images: torch.Tensor) -> np.ndarray:
     return (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
+def depth_colours(truths: list[torch.Tensor]):
+    """
+    What makes colours, uint8 (..., 3), of depths: the nearer, the brighter, from the nearest to the furthest known one
+    of `truths` by their logarithms; grey where a depth is not known (0).
+    """
+    from matplotlib import colormaps
+
+    known = torch.cat([truth[truth > 0].flatten() for truth in truths])
+    low, high = (known.min().log().item(), known.max().log().item()) if len(known) else (0.0, 0.0)
+
+    def colour(depths: torch.Tensor) -> np.ndarray:
+        nearness = (high - depths.clamp(min=1e-12).log()) / max(high - low, 1e-6)
+        colours = colormaps["magma"](nearness.clamp(0, 1).numpy())[..., :3]
+        return np.where((depths > 0).numpy()[..., None], 255 * colours, 128).round().astype(np.uint8)
+
+    return colour
+
+
 def draw_loss_curves(log_history: list[dict], path: str | Path) -> bool:
     """
     Draws every loss that was logged, training and held out, over the steps.

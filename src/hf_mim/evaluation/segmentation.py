@@ -1,9 +1,6 @@
-"""How right a segmenter is, by sliding windows over whole pictures."""
+"""How right a segmenter is."""
 
 import torch
-from torch import nn
-
-from ..models.vit.segmentation import upsample_logits
 
 
 class Confusion:
@@ -42,33 +39,3 @@ class Confusion:
             "pixel_accuracy": 100 * (right.sum() / there.sum().clamp(min=1)).item(),
             "iou": iou,
         }
-
-
-def window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Where windows begin that cover `length` (at least `window`): every `stride`, the last one at the end."""
-    return [*range(0, length - window, stride), length - window]
-
-
-@torch.no_grad()
-def sliding_logits(model: nn.Module, pixel_values: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
-    """
-    Logits of each pixel: the means over windows that overlap by a third.
-
-    Args:
-        model: A segmenter.
-        pixel_values (`torch.Tensor` of shape `(num_channels, height, width)`): One picture, no smaller than `window`.
-
-    Returns:
-        `torch.Tensor` of shape `(num_labels, height, width)`, float32.
-    """
-    (height, width), (rows, columns) = pixel_values.shape[1:], window
-    total, counts = 0.0, pixel_values.new_zeros(height, width)
-    for top in window_starts(height, rows, max(1, 2 * rows // 3)):
-        for left in window_starts(width, columns, max(1, 2 * columns // 3)):
-            part = ..., slice(top, top + rows), slice(left, left + columns)
-            logits = upsample_logits(model(pixel_values[part].unsqueeze(0)).logits, window)[0]
-            if counts.sum() == 0:
-                total = logits.new_zeros(len(logits), height, width)
-            total[part] += logits
-            counts[part] += 1
-    return total / counts

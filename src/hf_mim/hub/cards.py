@@ -187,15 +187,15 @@ def write_classifier_card(folder: str | Path, name: str, config, training: dict[
     )
 
 
-_SEGMENTER_TEMPLATE = """---
+_DENSE_TEMPLATE = """---
 library_name: transformers
-pipeline_tag: image-segmentation
+pipeline_tag: {pipeline}
 tags:
 - hf_mim
 - {model_type}
 ---
 
-# A segmenter of {num_labels} classes, {width} wide, {depth} blocks
+# {title}, {width} wide, {depth} blocks
 
 A Vision Transformer fine-tuned with hf_mim.
 
@@ -203,39 +203,56 @@ A Vision Transformer fine-tuned with hf_mim.
 import hf_mim  # registers the model with the Auto classes
 from transformers import pipeline
 
-pipeline("image-segmentation", "{name}")(image)
+pipeline("{pipeline}", "{name}")(image)
 ```
 
 ## Training
 
 {training}
 
-## Of {num_test} held-out pictures, in %
+## Of {num_test} held-out pictures
 
-| mIoU | mean accuracy | pixel accuracy |
-|---|---|---|
-| {scores} |
-
-| class | IoU |
-|---|---|
-{classes}
+{tables}
 """
 
 
-def write_segmenter_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict) -> Path:
-    """As `write_card`, of a segmenter; `results` has its scores, `iou` by class, and `num_test`."""
-    iou = {one: "" if value is None else f"{value:.2f}" for one, value in results["iou"].items()}
+def _write_dense_card(folder, name: str, config, training, results, **fields) -> Path:
     return write_text(
         Path(folder) / "README.md",
-        _SEGMENTER_TEMPLATE.format(
+        _DENSE_TEMPLATE.format(
             model_type=config.model_type,
-            num_labels=config.num_labels,
             width=config.hidden_size,
             depth=config.num_hidden_layers,
             name=name,
             training="\n".join(f"- {name}: {value}" for name, value in training.items()),
             num_test=results["num_test"],
-            scores=" | ".join(f"{results[one]:.2f}" for one in ("miou", "mean_accuracy", "pixel_accuracy")),
-            classes="\n".join(f"| {one} | {value} |" for one, value in iou.items()),
+            **fields,
         ),
+    )
+
+
+def write_segmenter_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict) -> Path:
+    """As `write_card`, of a segmenter; `results` has its scores, `iou` by class, and `num_test`."""
+    iou = {one: "" if value is None else f"{value:.2f}" for one, value in results["iou"].items()}
+    scores = " | ".join(f"{results[one]:.2f}" for one in ("miou", "mean_accuracy", "pixel_accuracy"))
+    classes = "\n".join(f"| {one} | {value} |" for one, value in iou.items())
+    tables = (
+        f"In %:\n\n| mIoU | mean accuracy | pixel accuracy |\n|---|---|---|\n| {scores} |\n\n"
+        f"| class | IoU |\n|---|---|\n{classes}"
+    )
+    title = f"A segmenter of {config.num_labels} classes"
+    return _write_dense_card(
+        folder, name, config, training, results, pipeline="image-segmentation", title=title, tables=tables
+    )
+
+
+def write_depth_card(folder: str | Path, name: str, config, training: dict[str, str], results: dict) -> Path:
+    """As `write_card`, of an estimator of depth; `results` has `rmse`, `abs_rel`, `delta1` and `num_test`."""
+    tables = (
+        "RMSE in the unit of the depths, the others in %:\n\n| RMSE | relative error | within a factor of 1.25 |\n"
+        f"|---|---|---|\n| {results['rmse']:.4g} | {results['abs_rel']:.2f} | {results['delta1']:.2f} |"
+    )
+    title = "An estimator of depth"
+    return _write_dense_card(
+        folder, name, config, training, results, pipeline="depth-estimation", title=title, tables=tables
     )

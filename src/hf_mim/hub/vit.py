@@ -1,4 +1,4 @@
-"""Export to transformers' own Vision Transformers: ViT, DINOv2 and DINOv3."""
+"""Export to transformers' own Vision Transformers: ViT, DINOv2, DINOv3 and EoMT."""
 
 import torch
 from transformers import (
@@ -8,6 +8,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     DINOv3ViTConfig,
     DINOv3ViTModel,
+    EomtConfig,
+    EomtForUniversalSegmentation,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
@@ -15,7 +17,7 @@ from transformers import (
 )
 
 from ..models.vit.encoders import encoder_from
-from ..models.vit.layouts import read_layout
+from ..models.vit.layouts import EOMT, Layout, read_layout
 from ..models.vit.modeling_vit import (
     MaskedViTForImageClassification,
     MaskedViTModel,
@@ -23,6 +25,7 @@ from ..models.vit.modeling_vit import (
 )
 from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.sizes import as_pair
+from ..models.vit.transfer import at_image_size, load_at_another_size
 from ..registry import BASELINES, MODEL_TYPES
 
 _SHARED_FIELDS = (
@@ -169,7 +172,7 @@ def to_dinov2(model: PreTrainedModel) -> Dinov2Model | Dinov2WithRegistersModel:
             use_swiglu_ffn=config.use_gated_mlp,
         )
     )
-    return _filled(exported, encoder)
+    return _filled(exported, encoder, read_layout(exported.config), encoder.vit_state_dict())
 
 
 @torch.no_grad()
@@ -205,7 +208,62 @@ def to_dinov3(model: PreTrainedModel) -> DINOv3ViTModel:
             pos_embed_rescale=None,
         )
     )
-    return _filled(exported, encoder)
+    return _filled(exported, encoder, read_layout(exported.config), encoder.vit_state_dict())
+
+
+@torch.no_grad()
+def to_eomt(
+    model: PreTrainedModel, *, num_labels: int, image_size: int | None = None, num_blocks: int | None = None, **fields
+) -> EomtForUniversalSegmentation:
+    """
+    The same encoder in transformers' own `EomtForUniversalSegmentation` (Kerssies et al., *Your ViT is Secretly an
+    Image Segmentation Model*, CVPR 2025), which segments by queries that join the patches in its last blocks. What is
+    not the encoder's (queries, mask head, classes) is new, and wants training.
+
+    Before the queries join, and in all blocks without them, its tokens are the encoder's: [CLS], registers, patches.
+
+    Args:
+        model: One of hf_mim's models, whose encoder is taken, or anything that [`encoder_from`] takes.
+        num_labels (`int`): Classes.
+        image_size (`int`, *optional*): Side of the square pictures that it is to take, to which positions are
+            interpolated; the model's own if None.
+        num_blocks (`int`, *optional*): How many of the last blocks see the queries; 4, or all where there are fewer.
+        fields: Further fields of `EomtConfig`, as `num_queries` or `id2label`.
+
+    Raises:
+        ValueError: If the encoder has no [CLS], pictures or patches that are no squares, rotary positions, a LayerNorm
+            before its first block, or MLPs of a width that the config cannot tell.
+    """
+    encoder = encoder_from(model)
+    if image_size is not None and as_pair(image_size) != as_pair(encoder.config.image_size):
+        resized = type(encoder)(at_image_size(encoder.config, as_pair(image_size)))
+        load_at_another_size(resized, encoder)
+        encoder = resized.to(device=encoder.device, dtype=encoder.dtype)
+    config = encoder.config
+    _check_for_dino(config, "EoMT")
+    _refuse(config, "EoMT", "the method's own ForSemanticSegmentation", "rotary", "layernorm")
+    for name in ("image_size", "patch_size"):
+        height, width = as_pair(getattr(config, name))
+        if height != width:
+            raise ValueError(f"{name} is {height} x {width} (height x width); transformers' EoMT takes squares only.")
+    exported = EomtForUniversalSegmentation(
+        EomtConfig(
+            **_dino_fields(config),
+            num_register_tokens=config.num_register_tokens,
+            attention_dropout=config.attention_probs_dropout_prob,
+            mlp_ratio=_mlp_ratio(config),
+            use_swiglu_ffn=config.use_gated_mlp,
+            num_labels=num_labels,
+            num_blocks=min(4, config.num_hidden_layers) if num_blocks is None else num_blocks,
+            **fields,
+        )
+    )
+    weights = encoder.vit_state_dict()
+    table = weights["embeddings.position_embeddings"]
+    # Positions are of the patches alone there.
+    weights["embeddings.cls_token"] = weights["embeddings.cls_token"] + table[:, :1]
+    weights["embeddings.position_embeddings"] = table[:, 1:]
+    return _filled(exported, encoder, EOMT, weights)
 
 
 def _check_for_dino(config, kind: str) -> None:
@@ -247,9 +305,10 @@ def _mlp_ratio(config) -> int:
     )
 
 
-def _filled(exported: PreTrainedModel, encoder: MaskedViTModel) -> PreTrainedModel:
+def _filled(
+    exported: PreTrainedModel, encoder: MaskedViTModel, layout: Layout, weights: dict[str, torch.Tensor]
+) -> PreTrainedModel:
     """`exported` with the encoder's weights under its own names; what it has besides is as it starts: scales of 1."""
-    layout, weights = read_layout(exported.config), encoder.vit_state_dict()
     state = exported.state_dict()
     for name in state:
         ours = layout.ours(name)
@@ -259,7 +318,7 @@ def _filled(exported: PreTrainedModel, encoder: MaskedViTModel) -> PreTrainedMod
                 # Older DINOv2s of transformers have the gate and what it gates as one map.
                 weight = torch.cat((weights.pop(ours.replace("mlp.fc1", "mlp.gate")), weight))
             state[name] = weight.reshape(state[name].shape)
-        elif name.endswith(".bias"):
+        elif ours is not None and name.endswith(".bias"):
             # A map without a bias is one with zeros.
             state[name] = torch.zeros_like(state[name])
     if weights:

@@ -241,11 +241,11 @@ def _start_head(model: PreTrainedModel) -> None:
     torch.nn.init.zeros_(model.classifier.bias)
 
 
-def build_segmenter_config(
+def build_dense_config(
     args: ClassifierArguments, image_size: tuple[int, int] | None, num_channels: int | None
 ) -> tuple[PreTrainedConfig, PreTrainedModel | None]:
     """
-    The config of the segmenter to be trained, still without its labels and head, and the encoder that it starts from:
+    The config of a model of pixels to be trained, still without its head, and the encoder that it starts from:
     any that `encoder_from` reads, with positions interpolated to `image_size`; None where it is untrained.
 
     Raises:
@@ -271,11 +271,14 @@ def build_segmenter_config(
     return config, encoder
 
 
-def build_segmenter(args: ClassifierArguments, config, encoder: PreTrainedModel | None) -> PreTrainedModel:
-    """The segmenter of `config`, with the weights of `encoder` where there is one; its head is new."""
+def build_dense(args: ClassifierArguments, config, encoder: PreTrainedModel | None, suffix: str) -> PreTrainedModel:
+    """
+    The model of pixels of `config`, whose class's name ends in `suffix`, with the weights of `encoder` where there is
+    one; its head is new.
+    """
     config.check_sizes()
-    segmenter_class = method_class(config.model_type, "ForSemanticSegmentation")
-    model = segmenter_class._from_config(config, dtype=torch.float32, **_attention(args))
+    model_class = method_class(config.model_type, suffix)
+    model = model_class._from_config(config, dtype=torch.float32, **_attention(args))
     if encoder is not None:
         model.encoder.load_state_dict(encoder.state_dict())
     return model

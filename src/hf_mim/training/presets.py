@@ -97,6 +97,20 @@ SEGMENTATION_PRESETS = dict.fromkeys(("tiny", "mini"), _TINY_SEGMENTATION) | dic
     ("small", "base", "large", "huge"), _SEGMENTATION
 )
 
+# Depth: as segmentation, but of metric depths no picture is resized by chance.
+_DEPTH = {
+    "num_train_epochs": 25,
+    "warmup_epochs": 1,
+    "per_device_train_batch_size": 16,
+    "depth_head": "dpt",
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+_TINY_DEPTH = {
+    name: value for name, value in _TINY_SEGMENTATION.items() if name not in ("scale_jitter", "segmentation_head_size")
+} | {"depth_head_size": 64}
+DEPTH_PRESETS = dict.fromkeys(("small", "base", "large", "huge"), _DEPTH) | {"tiny": _TINY_DEPTH}
+
 
 def preset_training(preset: str, model_type: str, scenes: bool = False) -> dict:
     """The flags that a preset sets for a method; `scenes`: for an untrained network on the embedded scenes."""

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .upsampling import upsample
+
 
 def build_depth_head(config) -> nn.Module:
     """
@@ -13,6 +15,13 @@ def build_depth_head(config) -> nn.Module:
     return {"linear": LinearDepthHead, "dpt": DPTDepthHead}[config.depth_head](config)
 
 
+def _output(channels: int) -> nn.Conv2d:
+    """What ends a head: untrained, the depth is the usual one everywhere, not one that a chance exponent blows up."""
+    convolution = nn.Conv2d(channels, 1, kernel_size=1)
+    convolution.starts_at_zero = True
+    return convolution
+
+
 class LinearDepthHead(nn.Module):
     """BatchNorm and one 1 x 1 convolution on the patches of the last block."""
 
@@ -20,7 +29,7 @@ class LinearDepthHead(nn.Module):
         super().__init__()
         self.stages = [config.num_hidden_layers]
         self.batch_norm = nn.BatchNorm2d(config.hidden_size)
-        self.regressor = nn.Conv2d(config.hidden_size, 1, kernel_size=1)
+        self.regressor = _output(config.hidden_size)
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
         return self.regressor(self.batch_norm(maps[-1]))
@@ -53,7 +62,7 @@ class DPTDepthHead(nn.Module):
         )
         self.fusions = nn.ModuleList(_Fusion(size) for _ in resized)
         self.regressor = nn.Sequential(
-            nn.Conv2d(size, size // 2, kernel_size=3, padding=1), nn.ReLU(), nn.Conv2d(size // 2, 1, kernel_size=1)
+            nn.Conv2d(size, size // 2, kernel_size=3, padding=1), nn.ReLU(), _output(size // 2)
         )
 
     def forward(self, maps: list[torch.Tensor]) -> torch.Tensor:
@@ -113,15 +122,9 @@ def scale_invariant_log_loss(predicted_depth: torch.Tensor, labels: torch.Tensor
         )
     known = known_depths(labels)
     number = known.sum(dim=(1, 2))
-    predicted = upsample_depth(predicted_depth, labels.shape[1:])
+    predicted = upsample(predicted_depth.unsqueeze(1), labels.shape[1:]).squeeze(1)
     # Of what is not known no logarithm is taken, whose gradient would be no number.
     difference = predicted.where(known, 1.0).log() - labels.float().where(known, 1.0).log()
     mean = difference.sum(dim=(1, 2)) / number.clamp(min=1)
     square = difference.square().sum(dim=(1, 2)) / number.clamp(min=1)
     return (square - invariance * mean.square()).sum() / (number > 0).sum().clamp(min=1)
-
-
-def upsample_depth(predicted_depth: torch.Tensor, size) -> torch.Tensor:
-    """Depths (batch_size, rows, columns) at the pixels of pictures of that (height, width), in float32."""
-    depth = predicted_depth.float().unsqueeze(1)
-    return nn.functional.interpolate(depth, size=tuple(size), mode="bilinear", align_corners=False).squeeze(1)

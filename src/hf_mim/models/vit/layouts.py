@@ -155,6 +155,13 @@ LAYOUTS = {
     "siglip_vision_model": Layout("encoder.layers", _CLIP_BLOCK, _SIGLIP_PARTS),
     "siglip2_vision_model": Layout("encoder.layers", _CLIP_BLOCK, _SIGLIP_PARTS, interpolation="bilinear_antialias"),
 }
+# Not among those that are read: its last blocks see queries too.
+EOMT = Layout(
+    "layers",
+    _DINO_BLOCK | {"attention.out_proj": "attention.o_proj"},
+    {name: name for name in _VIT_PARTS if name != "embeddings.position_embeddings"}
+    | {"embeddings.position_embeddings.weight": "embeddings.position_embeddings"},
+)
 TIMM = Layout("blocks", TIMM_BLOCK, _TIMM_PARTS, interpolation="bicubic_antialias")
 
 _HIERARCHICAL = "is hierarchical: its last blocks see a coarser grid than the patches of a plain ViT"

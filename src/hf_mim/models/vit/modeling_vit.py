@@ -348,6 +348,8 @@ class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             init_linear(module, getattr(module, "fused_maps", 1))
+            if getattr(module, "starts_at_zero", False):
+                init.zeros_(module.weight)
         else:
             super()._init_weights(module)
         if isinstance(module, MaskedViTEmbeddings) and module.cls_token is not None:
@@ -612,7 +614,7 @@ class MaskedViTForImageClassification(MaskedViTWithHead):
         )
 
 
-class MaskedViTForPixels(MaskedViTWithHead):
+class MaskedViTForDensePrediction(MaskedViTWithHead):
     """An encoder and a head that tells something of each pixel."""
 
     def trainable_modes(self) -> tuple[str, ...]:
@@ -625,7 +627,7 @@ class MaskedViTForPixels(MaskedViTWithHead):
             part.requires_grad_(part is not self.encoder)
 
 
-class MaskedViTForSemanticSegmentation(MaskedViTForPixels):
+class MaskedViTForSemanticSegmentation(MaskedViTForDensePrediction):
     """
     An encoder, and a head on the patches of its last block after the final LayerNorm that tells the class of each
     pixel: `config.segmentation_head`.
@@ -684,7 +686,7 @@ class MaskedViTForSemanticSegmentation(MaskedViTForPixels):
         )
 
 
-class MaskedViTForDepthEstimation(MaskedViTForPixels):
+class MaskedViTForDepthEstimation(MaskedViTForDensePrediction):
     """
     An encoder, and a head on the patches of its blocks after the final LayerNorm that tells how far away each pixel
     is: `config.depth_head`.

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .pyramid import SimpleFeaturePyramid
+from .upsampling import upsample
 
 
 def build_segmentation_head(config) -> nn.Module:
@@ -68,11 +69,6 @@ def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, ignore_index: 
     """
     if labels.ndim != 3 or len(labels) != len(logits):
         raise ValueError(f"labels has the shape {tuple(labels.shape)}; expected ({len(logits)}, height, width).")
-    logits = upsample_logits(logits, labels.shape[1:])
+    logits = upsample(logits, labels.shape[1:])
     total = nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
-
-
-def upsample_logits(logits: torch.Tensor, size) -> torch.Tensor:
-    """Logits (batch_size, num_labels, rows, columns) at the pixels of pictures of that (height, width), in float32."""
-    return nn.functional.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
