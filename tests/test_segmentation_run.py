@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from hf_mim.data.segmentation import MaskArguments, load_masked
 from hf_mim.evaluation.segmentation import Confusion
 from hf_mim.evaluation.windows import sliding_maps, window_starts
 from hf_mim.jobs.segmentation import CLASSES, main
+from hf_mim.training import dense_trainers
 from hf_mim.training.command import parse_arguments
 from hf_mim.training.presets import SEGMENTATION_PRESETS
 from tiny import tiny_model
@@ -113,6 +115,21 @@ def test_windows_cover_and_their_means_are_taken():
     torch.testing.assert_close(maps[0], pixel_values[0])
     rows = [0, 1, 2, 3, (4 + 0) / 2, (5 + 1) / 2, 2, (3 + 0) / 2, (4 + 1) / 2, (5 + 2) / 2, 3, 4, 5]
     torch.testing.assert_close(maps[1], torch.tensor(rows)[:, None].expand(13, 8))
+
+
+def test_one_pictures_maps_are_held_at_a_time(tmp_path, monkeypatch):
+    held, most = [], []
+
+    def watched(*args):
+        most.append(sum(one() is not None for one in held))
+        maps = sliding_maps(*args)
+        held.append(weakref.ref(maps))
+        return maps
+
+    monkeypatch.setattr(dense_trainers, "sliding_maps", watched)
+    flags = [*SMALL, "--max_steps=1", "--per_device_train_batch_size=4", f"--data_cache_dir={tmp_path}"]
+    assert main([*flags, f"--output_dir={tmp_path / 'out'}"]) == 0
+    assert most[:3] == [0, 0, 0]
 
 
 # ---- What it is trained on

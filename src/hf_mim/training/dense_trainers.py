@@ -68,12 +68,7 @@ class DenseTrainer(FineTuningTrainer):
                 torch.distributed.broadcast(buffer, src=0)
         with self.averaged_weights():
             for index in range(accelerator.process_index, len(data), accelerator.num_processes):
-                item = data[0, index]
-                truth = item["labels"].to(self.args.device)
-                maps = upsample(self.predict_picture(item["pixel_values"])[None], truth.shape)[0]
-                value, weight = self.picture_loss(maps, truth)
-                loss += torch.stack([value * weight, weight]).double()
-                counts.add(truth, self.told(maps))
+                loss += self._judge(data[0, index], counts)
         model.train(was_training)
         counts.counts = accelerator.reduce(counts.counts, reduction="sum")
         total, weight = accelerator.reduce(loss, reduction="sum").tolist()
@@ -82,6 +77,14 @@ class DenseTrainer(FineTuningTrainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _judge(self, item: dict[str, torch.Tensor], counts) -> torch.Tensor:
+        """Counts one picture, whose maps are gone afterwards; its loss times its weight, and its weight."""
+        truth = item["labels"].to(self.args.device)
+        maps = upsample(self.predict_picture(item["pixel_values"])[None], truth.shape)[0]
+        counts.add(truth, self.told(maps))
+        value, weight = self.picture_loss(maps, truth)
+        return torch.stack([value * weight, weight]).double()
 
 
 class SegmentationTrainer(DenseTrainer):
