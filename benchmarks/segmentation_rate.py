@@ -4,8 +4,8 @@ Images a second of fine-tuning a segmenter, beside those of fine-tuning a classi
     python benchmarks/segmentation_rate.py --steps 60 --rounds 3
 
 Both are the scripts' jobs with the preset tiny on scenes of 64 x 64 pixels, taking turns in one process, loading and
-augmentation included, evaluation not. Every picture is seen five times, as with the preset: what the renderer knows of
-a scene is computed when it is first asked for.
+augmentation included, evaluation not. All see as many pictures as `--steps` of 64 have, in the five epochs of the
+presets: what the renderer knows of a scene is computed when it is first asked for.
 """
 
 import argparse
@@ -23,15 +23,12 @@ JOBS = {
     "segmenter, linear": (segmentation.main, ["--segmentation_head=linear"]),
     "segmenter, upernet": (segmentation.main, ["--segmentation_head=upernet"]),
 }
-BATCH, EPOCHS = 64, 5
 
 
 def rate(main, flags: list[str], steps: int, cache: str) -> float:
-    """Images a second of a run of `steps` steps."""
+    """Images a second of a run of `steps` steps of 64."""
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        pictures = steps * BATCH // EPOCHS
-        settings = {"max_steps": steps, "max_train_samples": pictures, "max_eval_samples": 8, "data_cache_dir": cache}
-        settings["per_device_train_batch_size"] = BATCH
+        settings = {"max_train_samples": steps * 64 // 5, "max_eval_samples": 8, "data_cache_dir": cache}
         quiet = ["--disable_tqdm=true", "--eval_strategy=no", "--save_strategy=no", f"--output_dir={folder}"]
         status = main([*(f"--{name}={value}" for name, value in settings.items()), *quiet, *flags])
         if status:

@@ -298,9 +298,18 @@ def test_first_step_of_a_recipe(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (imagenet_s if "imagenet_s" in path.stem else ade20k)(tmp_path)
     method = path.stem.split("_")[1]
-    tiny_model(method, "ForPreTraining", image_size=16, patch_size=8, num_channels=3).save_pretrained("weights")
-    flags = ["--model_name_or_path=weights", "--image_size=32", "--segmentation_head_size=8", "--max_steps=1"]
-    flags += ["--per_device_train_batch_size=2", "--dataloader_num_workers=0", "--eval_strategy=no", "--bf16=false"]
+    tiny_model(method, "ForPreTraining", image_size=32, patch_size=8, num_channels=3).save_pretrained("weights")
+    flags = [
+        "--model_name_or_path=weights",
+        "--image_size=40",
+        "--segmentation_head_size=8",
+        "--max_steps=1",
+        "--warmup_steps=0",
+        "--per_device_train_batch_size=2",
+        "--dataloader_num_workers=0",
+        "--eval_strategy=no",
+        "--bf16=false",
+    ]
     assert main([str(path), *flags, "--use_cpu", "--disable_tqdm=true", "--output_dir=out"]) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     # 1000 is the mask's, 919 the highest class; of 0 to 3, 0 is none.
