@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..data.dataset import ImageDataset
 from ..data.image_processing import annotation_transform, evaluation_transform
+from ..models.vit.upsampling import upsample
 from .encoders import FeatureEncoder
 from .knn import knn_predict
 from .linear import fit_linear
@@ -288,14 +289,14 @@ class _Judge:
                 values = values.unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
                 for row, truth in enumerate(batch[MASK].long()):
                     # One picture's logits at a time.
-                    found = _at_pixels(values[row : row + 1], truth.shape)[0].argmax(dim=0).cpu()
+                    found = upsample(values[row : row + 1], truth.shape)[0].argmax(dim=0).cpu()
                     self.confusion[kind].add(truth, found)
                     if kind == "linear" and row < num_shown:
                         told[row][MASK] = found
         if DEPTH in batch:
             values = nn.functional.linear(patches, self.depth_map).squeeze(3) + self.depth_bias
             usual, truth = self.mean_depth, batch[DEPTH]
-            found, known = usual + _at_pixels(values[:, None], truth.shape[1:])[:, 0].cpu(), truth > 0
+            found, known = usual + upsample(values[:, None], truth.shape[1:])[:, 0].cpu(), truth > 0
             ratio = torch.maximum(found / truth, truth / found)
             self.sums += torch.stack(
                 [
@@ -325,11 +326,6 @@ class _Judge:
                 "depth_delta1": 100 * right / number,
             }
         return scores if self.is_finite else dict.fromkeys(scores)
-
-
-def _at_pixels(values: torch.Tensor, size) -> torch.Tensor:
-    """Numbers of patches (batch_size, n, rows, columns) at the pixels of pictures of that size."""
-    return nn.functional.interpolate(values, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _ridge(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
