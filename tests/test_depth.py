@@ -49,7 +49,7 @@ def test_of_a_pretraining_checkpoint(method, head, scale, tmp_path):
     batch = pictures(32, 48)
     labels = torch.full((2, 32, 48), 6.0)
     labels[0, :8], labels[1, 3] = 0, math.nan
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for _ in range(6):
         loss = model.train()(batch, labels=labels).loss
