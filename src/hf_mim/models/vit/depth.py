@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from .pyramid import ChannelLayerNorm
 from .upsampling import upsample
 
 
@@ -60,7 +61,7 @@ class DPTDepthHead(nn.Module):
             )
             for resize in resized
         )
-        self.fusions = nn.ModuleList(_Fusion(size) for _ in resized)
+        self.fusions = nn.ModuleList(_Fusion(size, config.layer_norm_eps) for _ in resized)
         self.regressor = nn.Sequential(
             nn.Conv2d(size, size // 2, kernel_size=3, padding=1), nn.ReLU(), _output(size // 2)
         )
@@ -76,10 +77,11 @@ class DPTDepthHead(nn.Module):
 class _Fusion(nn.Module):
     """What is known of the smaller levels, and one level more, at that level's size."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.of_level, self.of_sum = _Residual(size), _Residual(size)
-        self.projection = nn.Conv2d(size, size, kernel_size=1)
+        # Normalised, which DPT's are not: sums of sums would make the first steps large ones.
+        self.projection = nn.Sequential(nn.Conv2d(size, size, kernel_size=1), ChannelLayerNorm(size, eps=eps))
 
     def forward(self, fused: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
         if fused.shape != level.shape:
