@@ -111,7 +111,9 @@ _DEPTH = {
 _TINY_DEPTH = {
     name: value for name, value in _TINY_SEGMENTATION.items() if name not in ("scale_jitter", "segmentation_head_size")
 } | {"depth_head_size": 64}
-DEPTH_PRESETS = dict.fromkeys(("small", "base", "large", "huge"), _DEPTH) | {"tiny": _TINY_DEPTH}
+DEPTH_PRESETS = dict.fromkeys(("tiny", "mini"), _TINY_DEPTH) | dict.fromkeys(
+    ("small", "base", "large", "huge"), _DEPTH
+)
 
 
 def preset_training(preset: str, model_type: str, scenes: bool = False) -> dict:
