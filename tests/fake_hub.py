@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,18 +12,26 @@ from urllib.parse import unquote, urlsplit
 
 _COMMIT = "0" * 40
 # Of models the kind is not in the address of a file.
-_FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)")
+_FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _OF_REPOSITORY = re.compile(
-    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit)/.*)?"
+    r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree|paths-info|preupload|commit|branch)/([^/]+).*)?"
 )
 
 
 class FakeHub:
-    """Repositories in memory: `files["me/mine"]["config.json"]` is bytes; data sets are "datasets/me/mine"."""
+    """
+    Repositories in memory: `files["me/mine"]["config.json"]` is bytes; data sets are "datasets/me/mine", other
+    branches and pull requests "me/mine@branch".
+    """
 
     def __init__(self, port: int):
         self.endpoint = f"http://127.0.0.1:{port}"
         self.files: dict[str, dict[str, bytes]] = {}
+        # What was asked for when repositories were made, by name; and the repository of each commit.
+        self.created: dict[str, dict] = {}
+        self.commits: list[str] = []
+        # Statuses of the next answers to a commit, which is not made; 0 ends the connection without an answer.
+        self.failures: list[int] = []
 
     def environment(self, home) -> dict[str, str]:
         """What makes a process take this for the Hub, with a cache of its own."""
@@ -66,8 +75,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         files, path = self.server.hub.files, unquote(urlsplit(self.path).path)
         if found := _FILE.fullmatch(path):
-            kind, repository, name = found.groups()
-            repository = f"datasets/{repository}" if kind else repository
+            kind, repository, revision, name = found.groups()
+            repository = _stored(f"datasets/{repository}" if kind else repository, revision)
             if repository not in files:
                 return self._missing("Repo")
             if name not in files[repository]:
@@ -80,8 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return self._answer(data[first : last + 1], 206, headers)
             return self._answer(data, 200, headers)
         if found := _OF_REPOSITORY.fullmatch(path):
-            kind, repository, what = found.groups()
-            name = repository if kind == "models" else f"datasets/{repository}"
+            kind, repository, what, revision = found.groups()
+            name = _stored(repository if kind == "models" else f"datasets/{repository}", revision)
             if name not in files:
                 return self._missing("Repo")
             entries = [_entry(file, data) for file, data in files[name].items()]
@@ -101,10 +110,14 @@ class _Handler(BaseHTTPRequestHandler):
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}"
             hub.files.setdefault(name, {})
+            hub.created.setdefault(name, asked)
             return self._answer({"url": f"{hub.endpoint}/{name}"})
         if path == "/api/validate-yaml":
             return self._answer({"errors": [], "warnings": []})
-        _, repository, what = _OF_REPOSITORY.fullmatch(path).groups()
+        _, repository, what, revision = _OF_REPOSITORY.fullmatch(path).groups()
+        if what == "branch":
+            hub.files.setdefault(_stored(repository, revision), dict(hub.files[repository]))
+            return self._answer({})
         if what == "preupload":
             names = [file["path"] for file in json.loads(body)["files"]]
             files = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]
@@ -113,11 +126,31 @@ class _Handler(BaseHTTPRequestHandler):
             files = hub.files[f"datasets/{repository}" if "/datasets/" in path else repository]
             wanted = json.loads(body)["paths"]
             return self._answer([_entry(name, files[name]) for name in wanted if name in files])
+        if hub.failures:
+            status = hub.failures.pop(0)
+            if status:
+                return self._answer({"error": "not now"}, status)
+            return self.connection.shutdown(socket.SHUT_RDWR)
+        answer = {"commitUrl": f"{hub.endpoint}/{repository}/commit/{_COMMIT}", "commitOid": _COMMIT}
+        name, old = _stored(repository, revision), hub.files[_stored(repository, revision)]
+        if "create_pr=1" in self.path:
+            name = f"{repository}@refs/pr/1"
+            answer["pullRequestUrl"] = f"{hub.endpoint}/{repository}/discussions/1"
+        new = dict(old)
         for line in body.splitlines():
             part = json.loads(line)
             if part["key"] == "file":
-                hub.files[repository][part["value"]["path"]] = base64.b64decode(part["value"]["content"])
-        return self._answer({"commitUrl": f"{hub.endpoint}/{repository}/commit/{_COMMIT}", "commitOid": _COMMIT})
+                new[part["value"]["path"]] = base64.b64decode(part["value"]["content"])
+            elif part["key"] == "deletedFile":
+                del new[part["value"]["path"]]
+        # All at once.
+        hub.files[name] = new
+        hub.commits.append(name)
+        return self._answer(answer)
+
+
+def _stored(repository: str, revision: str | None) -> str:
+    return repository if revision in (None, "main", _COMMIT) else f"{repository}@{revision}"
 
 
 def _entry(name: str, data: bytes) -> dict:

@@ -6,21 +6,43 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
+from transformers import AutoImageProcessor, AutoModel
 
+import hf_mim
 from fake_hub import fake_hub
+from hf_mim.hub import sharing
 from tiny_training import FLAGS, RUN_MIM, pictures, run
 
-_FEATURES = """
-import sys, hf_mim, numpy as np, torch
+# One who has transformers and not hf_mim: it cannot be imported.
+_STRANGER = """
+import sys
+sys.modules["hf_mim"] = None
+import numpy as np, torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 name, path = sys.argv[1:]
 model, processor = AutoModel.from_pretrained(name), AutoImageProcessor.from_pretrained(name)
 picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8))
 with torch.no_grad():
-    torch.save(model(**processor(picture, return_tensors="pt")).pooler_output, path)
+    outputs = model(**processor(picture, return_tensors="pt"))
+torch.save([type(model).__name__, outputs.last_hidden_state, outputs.pooler_output], path)
 """
+# One who has it, on another machine: the classes and the flags find what is below the root.
+_FRIEND = """
+import sys, hf_mim, torch
+from hf_mim.jobs.pretraining import main
+path, *flags = sys.argv[1:]
+model = hf_mim.PiLaMIMForPreTraining.from_pretrained("me/mine")
+named = hf_mim.PiLaMIMForPreTraining.from_pretrained("me/mine", subfolder="pretraining")
+classifier = hf_mim.PiLaMIMForImageClassification.from_pretrained("me/mine", num_labels=3)
+assert torch.equal(classifier.encoder.layernorm.weight, named.encoder.layernorm.weight)
+torch.save([model.state_dict(), named.state_dict()], path)
+sys.exit(main([*flags, "--model_name_or_path=me/mine"]))
+"""
+_WEIGHTS = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
 @pytest.fixture
@@ -37,41 +59,115 @@ def folder(tmp_path):
     return tmp_path / "pictures"
 
 
-def run_at(hub, home, *command) -> None:
+def run_at(hub, home, *command) -> str:
     result = run([*map(str, command)], **hub.environment(home))
     assert result.returncode == 0, result.stderr[-4000:]
-
-
-def features(hub, home, name, path) -> torch.Tensor:
-    run_at(hub, home, "-c", _FEATURES, name, path)
-    return torch.load(path)
+    return result.stdout + result.stderr
 
 
 class TestPush:
-    def test_what_was_trained_is_there_and_loads_by_its_name(self, hub, folder, tmp_path):
-        flags = [f"--train_dir={folder}", f"--output_dir={tmp_path / 'out'}", "--max_steps=2", "--save_steps=1"]
-        flags += ["--save_strategy=steps", "--push_to_hub=true", "--hub_model_id=me/mine"]
-        # What an earlier run left.
-        (tmp_path / "out" / "_old-checkpoint-9").mkdir(parents=True)
-        (tmp_path / "out" / "_old-checkpoint-9" / "optimizer.pt").write_bytes(b"0")
-        run_at(hub, tmp_path / "here", RUN_MIM, *FLAGS, *flags)
+    def test_what_was_trained_serves_those_with_and_without_hf_mim(self, hub, folder, tmp_path):
+        out = tmp_path / "out"
+        flags = [*FLAGS, f"--train_dir={folder}", "--max_steps=2"]
+        pushing = ["--push_to_hub=true", "--hub_model_id=me/mine", "--hub_private_repo=true", "--save_strategy=steps"]
+        # What an earlier run left, here and there.
+        (out / "_old-checkpoint-9").mkdir(parents=True)
+        (out / "_old-checkpoint-9" / "optimizer.pt").write_bytes(b"0")
+        hub.files["me/mine"] = {"model-00001-of-00002.safetensors": b"old", "notes.txt": b"kept"}
+        said = run_at(
+            hub, tmp_path / "here", RUN_MIM, *flags, *pushing, "--save_steps=1", f"--output_dir={out}", "--bf16=false"
+        )
+        assert f"Pushed to {hub.endpoint}/me/mine." in said
+        assert hub.commits == ["me/mine"] and hub.created["me/mine"]["visibility"] == "private"
         there = hub.files["me/mine"]
-        assert {"config.json", "model.safetensors", "preprocessor_config.json", "features.json"} <= set(there)
-        assert not any("checkpoint-" in name for name in there)
-        # Our card, which says what to load.
-        card = there["README.md"].decode()
-        assert 'AutoModel.from_pretrained("me/mine")' in card and "PiLaMIM" in card
-        # Another machine.
-        found = features(hub, tmp_path / "elsewhere", "me/mine", tmp_path / "found.pt")
-        assert torch.equal(found, features(hub, tmp_path / "here", tmp_path / "out", tmp_path / "own.pt"))
+        below = {f"pretraining/{name}" for name in _WEIGHTS}
+        assert _WEIGHTS | below | {"README.md", "run.json", "features.json", "use.py", "notes.txt"} <= set(there)
+        assert not any("checkpoint-" in name or name.endswith((".pt", ".bin", ".lock")) for name in there)
+        assert [name for name in there if name.startswith("model")] == ["model.safetensors"]
+        assert json.loads(there["config.json"])["model_type"] == "vit"
+        # The folder stays the run's own.
+        assert json.loads((out / "config.json").read_text())["model_type"] == "pilamim"
+        card = ModelCard(there["README.md"].decode())
+        assert 'AutoModel.from_pretrained("me/mine")' in card.text and "PiLaMIM" in card.text
+        assert 'hf_mim.PiLaMIMForPreTraining.from_pretrained("me/mine")' in card.text
+        assert "![loss_curves](loss_curves.png)" in card.text and "loss_curves.png" in there
+        assert '"effective_batch_size": 4' in card.text
+
+        # The card's own words, run by a stranger.
+        run_at(hub, tmp_path / "stranger", "-c", _STRANGER, "me/mine", tmp_path / "found.pt")
+        name, tokens, pooled = torch.load(tmp_path / "found.pt")
+        assert name == "ViTModel"
+        model, processor = AutoModel.from_pretrained(out), AutoImageProcessor.from_pretrained(out)
+        picture = PILImage.fromarray(pictures(1)[0])
+        with torch.no_grad():
+            own = model(**processor(picture, return_tensors="pt"))
+        torch.testing.assert_close(tokens, own.last_hidden_state, rtol=0, atol=1e-5)
+        torch.testing.assert_close(pooled, own.pooler_output, rtol=0, atol=1e-5)
+
+        said = run_at(
+            hub, tmp_path / "friend", "-c", _FRIEND, tmp_path / "weights.pt", *flags, f"--output_dir={tmp_path / 'on'}"
+        )
+        saved = hf_mim.PiLaMIMForPreTraining.from_pretrained(out).state_dict()
+        for loaded in torch.load(tmp_path / "weights.pt"):
+            assert all(torch.equal(saved[name], value) for name, value in loaded.items()) and set(saved) == set(loaded)
+        # Nothing was built anew, and its card says what it was made of.
+        assert "new: " not in said
+        assert json.loads((tmp_path / "on" / "run.json").read_text())["decides"]["start"] == "me/mine"
+        data = ModelCard.load(tmp_path / "on" / "README.md").data
+        assert data.base_model == ["me/mine"] and data.base_model_relation == "finetune"
 
     def test_stages_are_left_at_home(self, hub, folder, tmp_path):
         flags = ["--model_type=dbot", "--num_stages=2", f"--train_dir={folder}", f"--output_dir={tmp_path / 'out'}"]
         flags += ["--max_steps=1", "--save_strategy=steps", "--save_steps=1"]
         run_at(hub, tmp_path, RUN_MIM, *FLAGS, *flags, "--push_to_hub=true", "--hub_model_id=me/staged")
         there = hub.files["me/staged"]
-        assert {"config.json", "model.safetensors", "README.md"} <= set(there)
+        assert _WEIGHTS | {"README.md", "pretraining/model.safetensors"} <= set(there)
         assert not any(name.startswith("stage-") for name in there)
+
+
+class TestCommit:
+    """In this process, against the same server."""
+
+    @pytest.fixture
+    def push(self, hub, tmp_path, monkeypatch):
+        monkeypatch.setattr(sharing, "_WAITS", (0, 0, 0))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        hub.files["me/mine"] = {"config.json": b"old", "model.safetensors": b"old", "pretraining/old.bin": b"old"}
+        (tmp_path / "new").write_bytes(b"new")
+        api = HfApi(endpoint=hub.endpoint, token="hf_nobody")
+
+        def push(revision=None, create_pr=False):
+            return sharing._commit(api, "me/mine", {"config.json": tmp_path / "new"}, revision, create_pr)
+
+        return push
+
+    @pytest.mark.parametrize("failures", [[503], [429, 500], [0]])
+    def test_tried_again(self, hub, push, failures):
+        hub.failures = failures.copy()
+        assert push() == f"{hub.endpoint}/me/mine"
+        # In one commit, which also takes away the weights that there are no more.
+        assert hub.files["me/mine"] == {"config.json": b"new"}
+        assert hub.commits == ["me/mine"]
+
+    @pytest.mark.parametrize("failures", [[503] * 9, [0] * 9, [403]])
+    def test_given_up_it_is_as_it_was(self, hub, push, failures):
+        before = dict(hub.files["me/mine"])
+        hub.failures = failures.copy()
+        with pytest.raises(HTTPError):
+            push()
+        assert hub.files == {"me/mine": before} and not hub.commits
+        # What is not allowed is not asked for again.
+        assert len(failures) - len(hub.failures) == (1 if failures == [403] else 4)
+
+    def test_branch(self, hub, push):
+        before = dict(hub.files["me/mine"])
+        push(revision="trial")
+        assert hub.files == {"me/mine": before, "me/mine@trial": {"config.json": b"new"}}
+
+    def test_pull_request(self, hub, push):
+        before = dict(hub.files["me/mine"])
+        assert push(create_pr=True) == f"{hub.endpoint}/me/mine/discussions/1"
+        assert hub.files == {"me/mine": before, "me/mine@refs/pr/1": {"config.json": b"new"}}
 
 
 def test_data_set_of_the_hub(hub, tmp_path):

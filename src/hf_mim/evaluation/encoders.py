@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from ..models.vit.repository import locate
 from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, method_class
 
@@ -227,6 +228,7 @@ def load_encoder(path: str) -> FeatureEncoder:
     Raises:
         ValueError: If nothing is there, or no Vision Transformer.
     """
+    path = locate(path)
     try:
         config = AutoConfig.from_pretrained(path)
         # The pooler of a stock ViT is not looked at, and most checkpoints have none.

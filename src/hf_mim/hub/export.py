@@ -1,5 +1,6 @@
 """A trained encoder or classifier for other software: written, run beside the model it was made of, then kept."""
 
+import contextlib
 import importlib
 import os
 import tempfile
@@ -16,7 +17,7 @@ from ..models.vit.configuration_vit import MaskedViTConfig
 from ..models.vit.encoders import encoder_from, tower_of
 from ..models.vit.modeling_vit import MaskedViTForImageClassification, MaskedViTModel
 from ..models.vit.sizes import as_pair
-from ..registry import BASELINES, method_class
+from ..registry import BASELINES, ENCODER, METHODS, RECORDS, method_class
 from .formats import FORMATS, Format, Plain, Runner, is_classifier, run_model
 
 logger = logging.get_logger(__name__)
@@ -163,6 +164,28 @@ def plain_model(model: PreTrainedModel) -> Plain:
     if is_classifier(model):
         plain.classifier.load_state_dict(model.classifier.state_dict())
     return plain.eval()
+
+
+def stock_format(path: str | os.PathLike) -> str | None:
+    """
+    The format of `export` in which plain transformers loads the encoder, or the classifier, of a run: "vit" or
+    "dinov2". None where the run's own model is a stock one, tells something of each pixel, or has what stock networks
+    have not: no [CLS], rotary positions, TEC's adapters in a classifier.
+    """
+    config = AutoConfig.from_pretrained(path)
+    is_stock = config.model_type not in METHODS | ENCODER
+    hides = config.model_type in BASELINES and RECORDS[config.model_type].stock_hides
+    is_dense = any("Segmentation" in name or "Depth" in name for name in config.architectures or ())
+    if (is_stock and not hides) or is_dense:
+        return None
+    model = load_model(path)
+    # A stock ViTModel would draw a pooler at random, of which an encoder that pools by the mean has none.
+    order = ("vit", "dinov2") if getattr(model.config, "pooling", "cls") == "cls" else ("dinov2", "vit")
+    for name in order:
+        with contextlib.suppress(ValueError):
+            FORMATS[name].build(plain_model(model))
+            return name
+    return None
 
 
 def _unmasked(model: PreTrainedModel) -> PreTrainedModel:

@@ -17,6 +17,7 @@ from ..data.image_processing import MIMImageProcessor
 from ..data.loading import resolve_mean_std, spread_indices
 from ..evaluation.pictures import draw_loss_curves, label_rows, to_rgb, unnormalise
 from ..files import replacing, write_json
+from ..hub.cards import CardContext
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
@@ -27,6 +28,7 @@ from ..training.command import ClassifierArguments, say
 from ..training.dense_trainers import DenseTrainer
 from ..training.run_lock import only_run_in
 from ..training.trainable import describe_trainable, set_trainable
+from .sharing import card_context, card_name
 
 _NUM_SHOWN = 8
 
@@ -116,7 +118,9 @@ class DenseTask(ABC):
         """What makes RGB, uint8 (height, width, 3), of maps (height, width), in view of the `truths`."""
 
     @abstractmethod
-    def write_card(self, folder: Path, name: str, config, training: dict[str, str], results: dict) -> None:
+    def write_card(
+        self, folder: Path, name: str, config, training: dict[str, str], results: dict, context: CardContext
+    ) -> None:
         """Writes README.md of a run."""
 
     @abstractmethod
@@ -220,15 +224,16 @@ def _train_dense(task: DenseTask, model_args, data_args, map_args, args) -> int:
         write_results(task, trainer, data_args, results)
     PartialState().wait_for_everyone()
     if args.push_to_hub:
-        push_run(trainer)
+        say(f"Pushed to {push_run(trainer, None)}.")
     return 0
 
 
 def write_results(task: DenseTask, trainer: DenseTrainer, data_args: DataArguments, results: dict) -> None:
     """Writes `results.json`, pictures and the card, and says how right the model is and where it lies."""
-    args, folder, run = trainer.args, Path(trainer.args.output_dir), trainer.run_record["decides"]
+    folder, run = Path(trainer.args.output_dir), trainer.run_record["decides"]
     write_json(folder / "results.json", results)
-    draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png")
+    curves = folder / "loss_curves.png"
+    drawn = [curves] if draw_loss_curves(trainer.state.log_history, curves) else []
     draw_held_out(task, trainer, run["image_mean"], run["image_std"])
     training = {
         "start": run["start"],
@@ -242,7 +247,9 @@ def write_results(task: DenseTask, trainer: DenseTrainer, data_args: DataArgumen
         "precision": run["precision"],
         "seed": str(run["seed"]),
     }
-    task.write_card(folder, args.hub_model_id or str(folder), trainer.model.config, training, results)
+    # Stock segmenters and estimators of depth have other heads: the repository's root is the model itself.
+    context = card_context(trainer, data_args, [folder / task.picture, *drawn], None)
+    task.write_card(folder, card_name(trainer), trainer.model.config, training, results, context)
     say(task.summary(results, folder))
 
 

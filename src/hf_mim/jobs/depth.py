@@ -72,8 +72,8 @@ class DepthTask(DenseTask):
     def colours(self, truths: list[torch.Tensor]):
         return depth_colours(truths)
 
-    def write_card(self, folder, name, config, training, results) -> None:
-        write_depth_card(folder, name, config, training, results)
+    def write_card(self, folder, name, config, training, results, context) -> None:
+        write_depth_card(folder, name, config, training, results, context)
 
     def summary(self, results: dict, folder: Path) -> str:
         return (

@@ -19,6 +19,7 @@ from ..evaluation.report import few_pictures
 from ..evaluation.robustness import match_classes
 from ..files import write_json
 from ..hub.cards import main_score, write_classifier_card
+from ..hub.export import stock_format
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
@@ -31,6 +32,7 @@ from ..training.finetuning_trainer import FineTuningTrainer
 from ..training.presets import FINE_TUNING_PRESETS
 from ..training.run_lock import only_run_in
 from ..training.trainable import add_lora, describe_trainable, set_trainable
+from .sharing import card_context, card_name
 
 
 @dataclass
@@ -242,11 +244,13 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
         name: _plain_metrics(trainer.evaluate(data, metric_key_prefix=f"eval_{name}", classes=classes), name)
         for name, (data, classes) in tests.items()
     }
+    form = None
     if trainer.is_world_process_zero():
-        write_results(trainer, model_args, data_args, results | {"trained": trained})
+        form = stock_format(args.output_dir) if args.push_to_hub else None
+        write_results(trainer, data_args, results | {"trained": trained}, form)
     PartialState().wait_for_everyone()
     if args.push_to_hub:
-        push_run(trainer)
+        say(f"Pushed to {push_run(trainer, form)}.")
     return 0
 
 
@@ -347,11 +351,15 @@ def _plain_metrics(metrics: dict[str, float], name: str | None = None) -> dict[s
     return {key: metrics[prefix + key] for key in wanted if prefix + key in metrics}
 
 
-def write_results(trainer, model_args, data_args, results: dict) -> None:
-    """Writes `results.json`, the loss curves and the card, and says how good the classifier is and where it lies."""
-    args, folder, run = trainer.args, Path(trainer.args.output_dir), trainer.run_record["decides"]
+def write_results(trainer, data_args, results: dict, form: str | None) -> None:
+    """
+    Writes `results.json`, the loss curves and the card, for a repository in the stock format `form` or for the folder;
+    says how good the classifier is and where it lies.
+    """
+    folder, run = Path(trainer.args.output_dir), trainer.run_record["decides"]
     write_json(folder / "results.json", results)
-    draw_loss_curves(trainer.state.log_history, folder / "loss_curves.png")
+    curves = folder / "loss_curves.png"
+    drawn = [curves] if draw_loss_curves(trainer.state.log_history, curves) else []
     training = {
         "start": run["start"],
         "data": f"{data_args.dataset_name or data_args.train_dir or 'scenes (embedded)'}, label {results['label']!r}, "
@@ -365,7 +373,8 @@ def write_results(trainer, model_args, data_args, results: dict) -> None:
         "precision": run["precision"],
         "seed": str(run["seed"]),
     }
-    write_classifier_card(folder, args.hub_model_id or str(folder), trainer.model.config, training, results)
+    context = card_context(trainer, data_args, drawn, form)
+    write_classifier_card(folder, card_name(trainer), trainer.model.config, training, results, context)
     tested = results["num_test"]
     score = f"{main_score(results):.2f} % of {tested} held-out pictures{few_pictures(tested)}"
     if "f1" in results:

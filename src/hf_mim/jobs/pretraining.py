@@ -16,6 +16,7 @@ from ..evaluation.appraisal import reconstruction_errors
 from ..evaluation.online import OnlineEvaluation
 from ..evaluation.verdict import Verdict
 from ..files import replacing
+from ..hub.export import stock_format
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import MIMTrainingArguments
@@ -195,11 +196,13 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
         # Of a stream: without labels.
         appraisal(model, trainer.state.global_step, trainer.state.max_steps)
         verdict = appraisal.last
+    form = None
     if trainer.is_world_process_zero():
-        write_results(trainer, data_args, pictures, results, verdict, reconstructions.last_path, shares, stages)
+        form = stock_format(training_args.output_dir) if training_args.push_to_hub else None
+        write_results(trainer, data_args, pictures, results, verdict, reconstructions.last_path, shares, stages, form)
     PartialState().wait_for_everyone()
     if training_args.push_to_hub:
-        push_run(trainer)
+        say(f"Pushed to {push_run(trainer, form)}.")
     return 0
 
 

@@ -23,6 +23,7 @@ from ..training.arguments import MIMTrainingArguments
 from ..training.command import say
 from ..training.stages import run_history
 from ..training.trainer import MIMTrainer
+from .sharing import card_context, card_name
 
 
 def write_results(
@@ -34,8 +35,12 @@ def write_results(
     reconstructions: Path | None,
     shares: list[float] | None,
     stages: list[MIMTrainingArguments],
+    form: str | None,
 ) -> None:
-    """Writes loss curves, `features.json` and the card; says what the features are worth and where everything is."""
+    """
+    Writes loss curves, `features.json` and the card, for a repository whose root is in the stock format `form` or for
+    the folder; says what the features are worth and where everything is.
+    """
     folder = Path(trainer.args.output_dir)
     drawn = [reconstructions] if reconstructions is not None else []
     history = run_history(stages) if len(stages) > 1 else trainer.state.log_history
@@ -48,8 +53,9 @@ def write_results(
         write_json(folder / "features.json", results)
         drawn += [folder / DENSE_PICTURE] if "dense" in results else []
         say("\n" + format_results(results))
-    name = trainer.args.hub_model_id or str(folder)
-    write_card(folder, name, config, describe_training(trainer, data_args, images, stages), results, verdict)
+    training = describe_training(trainer, data_args, images, stages)
+    context = card_context(trainer, data_args, drawn, form)
+    write_card(folder, card_name(trainer), config, training, results, verdict, context)
     if verdict is not None:
         say(f"\n{verdict}")
     load = f"AutoModel.from_pretrained({str(folder)!r})"

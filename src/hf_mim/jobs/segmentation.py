@@ -67,8 +67,8 @@ class SegmentationTask(DenseTask):
     def colours(self, truths: list[torch.Tensor]):
         return class_colours(len(self.names))
 
-    def write_card(self, folder, name, config, training, results) -> None:
-        write_segmenter_card(folder, name, config, training, results)
+    def write_card(self, folder, name, config, training, results, context) -> None:
+        write_segmenter_card(folder, name, config, training, results, context)
 
     def summary(self, results: dict, folder: Path) -> str:
         return (

@@ -132,6 +132,25 @@ class ViTTrainingArguments(TrainingArguments):
         default="none", metadata={"help": "Where logs go besides the output directory: tensorboard, trackio, ..."}
     )
 
+    hub_strategy: str = field(
+        default="end",
+        metadata={
+            "help": "What is pushed: end, all of a run but its checkpoints, once it is finished; checkpoint, at each "
+            "save also the checkpoint, with the optimiser, as last-checkpoint/; every_save and all_checkpoints as "
+            "transformers has them."
+        },
+    )
+    hub_create_pr: bool = field(
+        default=False, metadata={"help": "Open a pull request with what is pushed, and leave the branch as it is."}
+    )
+    hub_license: str | None = field(
+        default=None,
+        metadata={
+            "help": "Licence of the weights, as the Hub names it, e.g. apache-2.0. Default: that of the weights that "
+            "the run began from, where their card says it."
+        },
+    )
+
     def __post_init__(self):
         self._check_ranges()
         if isinstance(self.fsdp, str) and self.fsdp.lower() in ("true", "false"):

@@ -19,6 +19,7 @@ from ..models.vit.frozen import check_frozen_channels, frozen_grid
 from ..models.vit.frozen_layouts import describe_config
 from ..models.vit.frozen_sources import read_description, read_source
 from ..models.vit.pretraining import MaskedViTForPreTraining
+from ..models.vit.repository import locate
 from ..models.vit.sizes import as_pair
 from ..models.vit.transfer import at_image_size, load_at_another_size
 from ..registry import BASELINES, ENCODER, METHODS, MODEL_TYPES, RECORDS, method_class, method_name
@@ -293,7 +294,7 @@ def trained_normalization(
     """
     if args.model_name_or_path is None:
         return None, None
-    mean, std = read_normalization(args.model_name_or_path)
+    mean, std = read_normalization(locate(args.model_name_or_path))
     channel_map = getattr(args, "channel_map", None)
     if channel_map is not None:
         mean, std = (map_normalization(values, channel_map) for values in (mean, std))
@@ -396,7 +397,7 @@ def _read_value(text: str):
 
 def _load_encoder(path: str, image_size=None):
     """The encoder at `path` as ours; at another image size with interpolated positions."""
-    encoder = encoder_from(path)
+    encoder = encoder_from(locate(path))
     if image_size is None or as_pair(image_size) == as_pair(encoder.config.image_size):
         return encoder
     resized = type(encoder)(at_image_size(encoder.config, as_pair(image_size)))
@@ -411,6 +412,7 @@ def _from_pretrained(load, path: str, config, source, **kwargs):
     """
     # Weights of 16 bits would be trained in 16 bits.
     kwargs |= {"dtype": torch.float32, "output_loading_info": True}
+    path = locate(path)
     if as_pair(source.image_size) == as_pair(config.image_size):
         return load(path, config=config, **kwargs)
     own = copy.deepcopy(config)
@@ -438,7 +440,7 @@ def check_there(path: str, flag: str) -> None:
 def _read_config(path: str) -> PreTrainedConfig:
     check_there(path, "model_name_or_path")
     try:
-        return encoder_from(path).config if Path(path).is_file() else AutoConfig.from_pretrained(path)
+        return encoder_from(path).config if Path(path).is_file() else AutoConfig.from_pretrained(locate(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"--model_name_or_path {path}: {error}") from error
 

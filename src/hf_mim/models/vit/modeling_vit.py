@@ -35,6 +35,7 @@ from .depth import build_depth_head, scale_invariant_log_loss
 from .masking import restore_order
 from .pixels import PixelRenormalization
 from .position import fixed_position_table, interpolate_position_table, rotary_table, select_positions
+from .repository import HUB_ARGUMENTS, with_subfolder
 from .segmentation import build_segmentation_head, segmentation_loss
 from .sizes import as_pair
 from .transfer import refuse_other_positions
@@ -344,6 +345,12 @@ class MaskedViTPreTrainedModel(AlignedLoading, PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As `PreTrainedModel.from_pretrained`; in a repository with a stock export at its root looks below it."""
+        kwargs = with_subfolder(cls.config_class.model_type, pretrained_model_name_or_path, kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -529,10 +536,6 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor, config) -> t
     return nn.functional.mse_loss(logits, labels.float())
 
 
-# Which file of the Hub is meant.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-
-
 def _is_pretraining(architectures: list[str] | None) -> bool:
     return any(name.endswith("ForPreTraining") for name in architectures or ())
 
@@ -551,8 +554,9 @@ class MaskedViTWithHead(MaskedViTPreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, **kwargs):
         """As `PreTrainedModel.from_pretrained`."""
+        kwargs = with_subfolder(cls.config_class.model_type, pretrained_model_name_or_path, kwargs)
         if pretrained_model_name_or_path is not None and "drop_path_rate" not in kwargs:
-            hub = {name: kwargs[name] for name in _HUB_ARGUMENTS if name in kwargs}
+            hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             saved, _ = PreTrainedConfig.get_config_dict(pretrained_model_name_or_path, **hub)
             if _is_pretraining(saved.get("architectures")):
                 if config is None:

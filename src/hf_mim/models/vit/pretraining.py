@@ -5,6 +5,7 @@ from transformers.utils import logging
 
 from .masking import Masking, random_masking
 from .modeling_vit import MaskedViTModel, MaskedViTPreTrainedModel
+from .repository import with_subfolder
 from .sizes import as_pair
 from .transfer import refuse_other_network
 
@@ -156,6 +157,7 @@ class PreTrainingMixin:
             ValueError: If the checkpoint lacks weights and `initialize_missing` is False; not where the caller is told
                 which, by `output_loading_info`, or gives the weights and no checkpoint.
         """
+        kwargs = with_subfolder(cls.config_class.model_type, pretrained_model_name_or_path, kwargs)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         missing = model.fill_missing(set(info["missing_keys"]))
         is_told = output_loading_info or pretrained_model_name_or_path is None
