@@ -20,14 +20,21 @@ extras = {
     "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     # hf_mim export --format onnx.
     "export": ["onnx>=1.19", "onnxscript>=0.5.4", "onnxruntime>=1.22"],
+    # The page of examples/space.
+    "space": ["gradio>=6.31,<7"],
     # Multiband pictures.
     "tiff": ["tifffile>=2025.5", "imagecodecs>=2025.3"],
 }
 # All that the package itself has a use for.
-extras["all"] = sorted(requirement for name, group in extras.items() if name != "docs" for requirement in group)
+extras["all"] = sorted(
+    requirement for name, group in extras.items() if name not in ("docs", "space") for requirement in group
+)
 extras["dev"] = sorted(
     {
         "hypothesis>=6.150",
+        # The wheel's test.
+        "build>=1.6",
+        "twine>=7.0",
         # Kernel and client of the notebook's test.
         "ipykernel>=6.29",
         "nbclient>=0.10",

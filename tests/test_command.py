@@ -5,11 +5,11 @@ import runpy
 import sys
 
 import pytest
-import setuptools
 
 import hf_mim
 from hf_mim.__main__ import COMMANDS, main
 from hf_mim.training import command
+from setup_of import setup_arguments
 from tiny_training import FLAGS, REPOSITORY, run, write_pictures
 
 
@@ -108,13 +108,8 @@ def test_same_job_as_the_script(tmp_path):
     assert (tmp_path / "run" / "model.safetensors").is_file() and "The model is in" in result.stdout
 
 
-def test_the_console_command_is_installed(monkeypatch):
-    told = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **settings: told.update(settings))
-    exec(
-        compile((REPOSITORY / "setup.py").read_text(), REPOSITORY / "setup.py", "exec"),
-        {"__file__": str(REPOSITORY / "setup.py")},
-    )
+def test_the_console_command_is_installed():
+    told = setup_arguments()
     assert told["entry_points"]["console_scripts"] == ["hf_mim=hf_mim.__main__:main"]
     assert told["version"] == hf_mim.__version__
     assert "hf_mim.jobs" in told["packages"] and "hf_mim.models.tec" in told["packages"]

@@ -10,6 +10,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
 import hf_mim
 from golden import Golden
 from hf_mim.__main__ import main
+from hf_mim.hub.origin import read_origin
 from hf_mim.hub.original import convert_checkpoint
 from hf_mim.models.vit.position import sincos_position_table
 from tiny import scrambled
@@ -22,16 +23,39 @@ def convert(*words) -> int:
     return main(["convert", *map(str, words)])
 
 
-def timm_network(width=WIDTH, depth=2):
+def timm_network(width=WIDTH, depth=2, use_cls_token=True):
     import timm
 
     torch.manual_seed(0)
+    without = {} if use_cls_token else {"class_token": False, "global_pool": "avg", "fc_norm": False}
     network = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=width, depth=depth, num_heads=1, num_classes=0
+        "vit_tiny_patch16_224",
+        img_size=32,
+        patch_size=8,
+        embed_dim=width,
+        depth=depth,
+        num_heads=1,
+        num_classes=0,
+        **without,
     )
     network = scrambled(network).eval()
-    network.pos_embed.data.copy_(sincos_position_table(4, 4, width))
+    network.pos_embed.data.copy_(sincos_position_table(4, 4, width)[:, 0 if use_cls_token else 1 :])
     return network
+
+
+def predictor() -> dict[str, torch.Tensor]:
+    """A predictor's weights in the names of I-JEPA."""
+    blocks = {
+        f"predictor_{name}": value
+        for name, value in timm_network(DECODER, 1).state_dict().items()
+        if name.startswith("blocks.")
+    }
+    shapes = {"embed": (DECODER, WIDTH), "norm": (DECODER,), "proj": (WIDTH, DECODER)}
+    for name, shape in shapes.items():
+        blocks[f"predictor_{name}.weight"] = torch.randn(shape)
+        blocks[f"predictor_{name}.bias"] = torch.randn(shape[0])
+    positions = sincos_position_table(4, 4, DECODER)[:, 1:]
+    return blocks | {"mask_token": torch.randn(1, 1, DECODER), "predictor_pos_embed": positions}
 
 
 def decoder(output: int, head: str) -> dict[str, torch.Tensor]:
@@ -58,6 +82,12 @@ def release(model_type: str) -> dict:
     state = timm_network().state_dict()
     if model_type == "vit_mae":
         return {"model": state | decoder(3 * 64, "decoder_pred")}
+    if model_type == "ijepa":
+        encoder = {f"module.{name}": value for name, value in timm_network(use_cls_token=False).state_dict().items()}
+        # Not what the encoder is.
+        target = {name: value if "pos_embed" in name else value + 1 for name, value in encoder.items()}
+        networks = {"encoder": encoder, "target_encoder": target}
+        return networks | {"predictor": {f"module.{name}": value for name, value in predictor().items()}, "epoch": 7}
     if model_type == "dbot":
         return {"model": state | decoder(WIDTH, "decoder_predp")}
     if model_type == "dino":
@@ -69,10 +99,11 @@ def release(model_type: str) -> dict:
     return {"model": state}
 
 
+LICENSES = {"vit_mae": "cc-by-nc-4.0", "ijepa": "cc-by-nc-4.0", "dino": "apache-2.0", "ibot": "apache-2.0"}
 UNUSED = {"dino": ["head.mlp.0.weight"], "ibot": ["masked_embed"]}
 
 
-@pytest.mark.parametrize("model_type", ["ocl", "dbot", "vit_mae", "dino", "ibot"])
+@pytest.mark.parametrize("model_type", ["ocl", "dbot", "vit_mae", "ijepa", "dino", "ibot"])
 def test_the_encoder_computes_what_timm_does(model_type, tmp_path, capsys):
     torch.save(release(model_type), tmp_path / "release.pth")
     words = [tmp_path / "release.pth", tmp_path / "out", "--model_type", model_type]
@@ -81,17 +112,26 @@ def test_the_encoder_computes_what_timm_does(model_type, tmp_path, capsys):
     for name in UNUSED.get(model_type, []):
         assert f"{len(UNUSED[model_type])} weights of the checkpoint are not used: {name}." in out
     assert ("All weights of the checkpoint are used." in out) == (model_type not in UNUSED)
+    # Whoever goes on from it is told of the release's terms.
+    license = LICENSES.get(model_type, "unknown")
+    origin = read_origin(str(tmp_path / "out"))
+    assert origin.license == license and len(origin.restricted) == (license != "apache-2.0")
+    assert ("forbids commercial use" in out) == (license == "cc-by-nc-4.0")
     if model_type in UNUSED:
         model = AutoModel.from_pretrained(tmp_path / "out")
         assert type(model) is hf_mim.MaskedViTModel
     else:
-        # The baseline's own class, as the stock one masks.
-        method = hf_mim.ViTMAEForPreTraining if model_type == "vit_mae" else AutoModelForPreTraining
+        # The baselines' own classes, as the stock one masks.
+        own = {"vit_mae": hf_mim.ViTMAEForPreTraining, "ijepa": hf_mim.IJepaForPreTraining}
+        method = own.get(model_type, AutoModelForPreTraining)
         model = method.from_pretrained(tmp_path / "out").encoder
     pixel_values = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        expected = timm_network().forward_features(pixel_values)
+        expected = timm_network(use_cls_token=model_type != "ijepa").forward_features(pixel_values)
         torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, rtol=0, atol=1e-4)
+    if model_type == "ijepa":
+        # transformers reads the encoder as its own.
+        assert type(AutoModel.from_pretrained(tmp_path / "out")).__module__.startswith("transformers.")
     assert tuple(AutoImageProcessor.from_pretrained(tmp_path / "out").image_mean) == (0.485, 0.456, 0.406)
 
 
@@ -168,6 +208,27 @@ def test_what_is_no_checkpoint(contents, tmp_path, capsys):
     (tmp_path / "release.pth").write_bytes(contents)
     message = refused(capsys, tmp_path / "release.pth", tmp_path / "out", "--model_type=ocl")
     assert "release.pth is damaged" in message and os.listdir(tmp_path) == ["release.pth"]
+
+
+@pytest.mark.parametrize("model_type", ["ocl", "dino"])
+def test_folders_of_a_checkpoint_in_parts(model_type, tmp_path, capsys):
+    folder = tmp_path / "parts"
+    folder.mkdir()
+    words = [folder, tmp_path / "out", f"--model_type={model_type}"]
+    assert f"{folder} is a folder; expected one .pth" in refused(capsys, *words)
+    for number in range(2):
+        torch.save({}, folder / f"rank_{number}.pth")
+    message = refused(capsys, *words)
+    assert "rank_0.pth, rank_1.pth" in message and "put them together" in message
+    # As torch.distributed writes it: the table is a pickle.
+    (folder / "__0_0.distcp").write_bytes(b"")
+    (folder / ".metadata").write_bytes(pickle.dumps(Harmful(tmp_path / "harm")))
+    assert "dcp_to_torch" in refused(capsys, *words)
+    # So is it where weights are named to train on.
+    flags = [f"--model_name_or_path={folder}", f"--output_dir={tmp_path / 'run'}", "--use_cpu"]
+    assert main(["pretrain", *flags]) == 1
+    assert "dcp_to_torch" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["parts"]
 
 
 def test_bad_input(tmp_path, capsys):

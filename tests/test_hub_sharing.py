@@ -9,11 +9,15 @@ from datasets import Dataset, Features, Image
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
-from transformers import AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForPreTraining, pipeline
 
 import hf_mim
 from fake_hub import fake_hub
+from hf_mim.evaluation.encoders import load_encoder
 from hf_mim.hub import sharing
+from hf_mim.hub.export import stock_format
+from hf_mim.models.vit.repository import locate
+from tiny import tiny_model
 from tiny_training import FLAGS, RUN_MIM, pictures, run
 
 # One who has transformers and not hf_mim: it cannot be imported.
@@ -42,6 +46,8 @@ assert torch.equal(classifier.encoder.layernorm.weight, named.encoder.layernorm.
 torch.save([model.state_dict(), named.state_dict()], path)
 sys.exit(main([*flags, "--model_name_or_path=me/mine"]))
 """
+SIZES_OF_BASE = {"image_size": 16, "patch_size": 4, "hidden_size": 32, "num_hidden_layers": 2}
+SIZES_OF_BASE |= {"num_attention_heads": 2, "intermediate_size": 64}
 _WEIGHTS = {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
@@ -125,6 +131,61 @@ class TestPush:
         assert not any(name.startswith("stage-") for name in there)
 
 
+# A classifier, by the card's own words.
+_PIPELINE = """
+import sys
+sys.modules["hf_mim"] = None
+import json
+from transformers import pipeline
+found = pipeline("image-classification", "me/sorted")(sys.argv[1])
+print(json.dumps({one["label"]: one["score"] for one in found}))
+"""
+
+
+@pytest.mark.slow
+def test_fine_tuned_and_taught(hub, tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for index, values in enumerate(pictures(12, seed=number)):
+            PILImage.fromarray(values).save(tmp_path / "pictures" / name / f"{index}.png")
+    sizes = [flag for flag in FLAGS if not flag.startswith("--config_overrides")]
+    data = [f"--train_dir={tmp_path / 'pictures'}", "--max_steps=2", "--save_strategy=no", "--push_to_hub=true"]
+
+    # A base of the Hub, which the card names.
+    base = hf_mim.MaskedViTModel(hf_mim.MaskedViTConfig(**SIZES_OF_BASE))
+    hf_mim.to_vit(base).save_pretrained(tmp_path / "base")
+    hub.files["you/base"] = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    hub.files["you/base"]["README.md"] = b"---\nlicense: cc-by-nc-4.0\n---\n\n# Base\n"
+    flags = [*FLAGS, "--model_type=tec", "--base_model_name_or_path=you/base", f"--output_dir={tmp_path / 'tec'}"]
+    saving = ["--save_strategy=steps", "--save_steps=1", "--hub_strategy=checkpoint"]
+    run_at(hub, tmp_path / "home", RUN_MIM, *flags, *data, "--hub_model_id=me/taught", *saving)
+    # The optimiser on request; the last of two checkpoints.
+    names = {name for name in hub.files["me/taught"] if name.startswith("last-checkpoint/")}
+    assert {"last-checkpoint/optimizer.pt", "last-checkpoint/model.safetensors"} <= names
+    assert json.loads(hub.files["me/taught"]["last-checkpoint/trainer_state.json"])["global_step"] == 2
+    assert hub.commits == ["me/taught"] * 3
+    data_of_card = ModelCard(hub.files["me/taught"]["README.md"].decode()).data
+    assert (data_of_card.base_model, data_of_card.license) == (["you/base"], "cc-by-nc-4.0")
+    assert b"forbids commercial use" in hub.files["me/taught"]["README.md"]
+
+    # Fine-tuned from it by its name; the classifier pools by the mean, which DINOv2's does too.
+    script = RUN_MIM.replace("run_mim", "run_image_classification")
+    flags = [*sizes, "--model_name_or_path=me/taught", f"--output_dir={tmp_path / 'sorted'}"]
+    flags = [flag for flag in flags if not flag.startswith(("--image_size", "--patch_size"))]
+    run_at(hub, tmp_path / "home", script, *flags, *data, "--hub_model_id=me/sorted")
+    assert AutoConfig.from_pretrained(tmp_path / "sorted").model_type == "tec"
+    there = hub.files["me/sorted"]
+    assert json.loads(there["config.json"])["model_type"] == "dinov2"
+    assert not any(name.startswith("pretraining/") for name in there)
+    card = ModelCard(there["README.md"].decode()).data
+    assert card.base_model == ["me/taught"] and card.eval_results[0].metric_type == "accuracy"
+    picture = tmp_path / "pictures" / "cat" / "0.png"
+    said = run_at(hub, tmp_path / "stranger", "-c", _PIPELINE, picture)
+    scores = json.loads(said.splitlines()[0])
+    own = pipeline("image-classification", str(tmp_path / "sorted"))(str(picture))
+    assert scores == pytest.approx({one["label"]: one["score"] for one in own}, abs=1e-4)
+
+
 class TestCommit:
     """In this process, against the same server."""
 
@@ -168,6 +229,59 @@ class TestCommit:
         before = dict(hub.files["me/mine"])
         assert push(create_pr=True) == f"{hub.endpoint}/me/mine/discussions/1"
         assert hub.files == {"me/mine": before, "me/mine@refs/pr/1": {"config.json": b"new"}}
+
+
+class TestCopy:
+    """A repository as a folder, as `git clone` and `hf download` leave it."""
+
+    @pytest.fixture
+    def copy(self, tmp_path):
+        own = tiny_model("ocl", "ForPreTraining", image_size=(32, 32), patch_size=(8, 8), num_channels=3)
+        hf_mim.export(own, tmp_path / "copy")
+        own.save_pretrained(tmp_path / "copy" / "pretraining")
+        return own, tmp_path / "copy"
+
+    def test_classes_and_flags_find_what_is_below(self, copy):
+        own, folder = copy
+        for suffix in ("Model", "ForPreTraining", "Backbone", "ForImageClassification", "ForSemanticSegmentation"):
+            model = getattr(hf_mim, f"OCL{suffix}").from_pretrained(folder)
+            assert torch.equal(model.base_model.layernorm.weight, own.encoder.layernorm.weight)
+        assert type(AutoModel.from_pretrained(folder)).__name__ == "ViTModel"
+        assert type(AutoModelForPreTraining.from_pretrained(folder, subfolder="pretraining")) is type(own)
+        assert type(load_encoder(str(folder)).model) is hf_mim.OCLModel
+        assert locate(folder) == str(folder / "pretraining")
+        # Below is a folder like others, which stays where it is.
+        assert locate(folder / "pretraining") == str(folder / "pretraining")
+
+    def test_others_stay_at_the_root(self, copy, tmp_path):
+        own, folder = copy
+        # A run with another in a folder of that name.
+        own.save_pretrained(tmp_path / "run")
+        (tmp_path / "run" / "pretraining").symlink_to(folder / "pretraining")
+        assert locate(tmp_path / "run") == str(tmp_path / "run")
+        for path in (tmp_path / "nothing", folder / "model.safetensors", "you/nothing"):
+            assert locate(path) == str(path)
+        # What is not of the method is read from the root, as ever.
+        with pytest.raises(ValueError, match="not a complete pretraining checkpoint"):
+            hf_mim.PiLaMIMForPreTraining.from_pretrained(folder)
+
+    def test_which_form_the_root_has(self, tmp_path):
+        square = {"image_size": (32, 32), "patch_size": (8, 8), "num_channels": 3}
+        forms = {
+            ("ocl", "ForPreTraining"): (square, "vit"),
+            # A stock ViT would draw a pooler at random; of a grid that is no square there is nothing better.
+            ("tec", "ForPreTraining"): (square | {"pooling": "mean"}, "dinov2"),
+            ("dbot", "ForPreTraining"): ({"pooling": "mean"}, "vit"),
+            ("pilamim", "ForPreTraining"): (square | {"num_register_tokens": 2}, "dinov2"),
+            ("dbot", "ForImageClassification"): (square | {"pooling": "mean"}, "dinov2"),
+            ("ocl", "ForImageClassification"): (square | {"pooling": "cls"}, "vit"),
+            ("ocl", "Model"): (square | {"position_embedding": "rotary"}, None),
+            ("pilamim", "ForSemanticSegmentation"): (square, None),
+            ("ijepa", "ForPreTraining"): (square, None),
+        }
+        for number, ((model_type, suffix), (fields, form)) in enumerate(forms.items()):
+            tiny_model(model_type, suffix, **fields).save_pretrained(tmp_path / str(number))
+            assert stock_format(tmp_path / str(number)) == form, (model_type, suffix)
 
 
 def test_data_set_of_the_hub(hub, tmp_path):

@@ -221,9 +221,12 @@ class RawPixels:
         return f"raw pixels, {_MAX_PIXELS}"
 
 
-def load_encoder(path: str) -> FeatureEncoder:
+def load_encoder(path: str, use_safetensors: bool | None = None) -> FeatureEncoder:
     """
     The encoder in a folder or in a repository of the Hub: float32, eval mode, with nothing masked.
+
+    Args:
+        use_safetensors (`bool`, *optional*): True refuses weights in another kind of file.
 
     Raises:
         ValueError: If nothing is there, or no Vision Transformer.
@@ -236,7 +239,7 @@ def load_encoder(path: str) -> FeatureEncoder:
         # The stock ViTMAE hides three quarters of a picture, and starts without positions; ours does neither.
         stock = config.model_type not in BASELINES
         model_class = AutoModel if stock else method_class(config.model_type, "Model")
-        model = model_class.from_pretrained(path, dtype=torch.float32, **kwargs)
+        model = model_class.from_pretrained(path, dtype=torch.float32, use_safetensors=use_safetensors, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"The model {path} cannot be loaded: {error}") from error
     if getattr(config, "vision_config", None) is not None:

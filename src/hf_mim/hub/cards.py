@@ -13,7 +13,7 @@ from ..files import write_text
 from ..models.vit.repository import PRETRAINING
 from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, ENCODER, METHODS, MODEL_TYPES, RECORDS, method_name
-from .origin import Origin
+from .origin import Origin, is_restricted, restriction
 
 _REGISTERS = "import hf_mim  # registers the model with the Auto classes\n"
 _USE = """import hf_mim  # registers the model with the Auto classes
@@ -207,6 +207,27 @@ def write_card(
     )
     tags = ["masked-image-modeling", config.model_type]
     return _write(folder, name, "image-feature-extraction", tags, context, _feature_results(results, context), body)
+
+
+_CONVERSION_TEMPLATE = """
+# The authors' {released}, converted
+
+Read by `hf_mim convert` from a checkpoint that the authors released as a model of hf_mim ({model_type}).
+{appendix}"""
+
+
+def write_conversion_card(folder: str | Path, name: str, released: str, config, license: str) -> Path:
+    """
+    As `write_card`, of weights that others trained and released.
+
+    Args:
+        released (`str`): What they are called.
+        license (`str`): Theirs, as the Hub names it.
+    """
+    terms = [restriction("the release", license)] if is_restricted(license) else []
+    context = CardContext(Origin(license=license, restricted=terms))
+    body = _CONVERSION_TEMPLATE.format(released=released, model_type=config.model_type, appendix=context.appendix())
+    return _write(folder, name, "image-feature-extraction", [config.model_type], context, [], body)
 
 
 def _use(name: str, config, form: str | None) -> tuple[str, str]:

@@ -50,14 +50,20 @@ def read_origin(*weights: str | None, dataset_name: str | None = None, license: 
             given = card.get("base_model", [])
             origin.base_models += [given] if isinstance(given, str) else given
         found = card.get("license")
+        found = found if isinstance(found, str) else None
         licenses += [] if found is None else [found]
-        if found is not None and _RESTRICTED.fullmatch(found):
+        if found is not None and is_restricted(found):
             origin.restricted.append(restriction(path, found))
     origin.base_models = list(dict.fromkeys(origin.base_models))
     if dataset_name and _ON_THE_HUB.fullmatch(dataset_name) and not Path(dataset_name).exists():
         origin.datasets = [dataset_name]
     origin.license = license or (licenses[0] if len(set(licenses)) == 1 else None)
     return origin
+
+
+def is_restricted(license: str) -> bool:
+    """Whether a licence asks for more than to be named."""
+    return _RESTRICTED.fullmatch(license) is not None
 
 
 def restriction(path: str, license: str) -> str:

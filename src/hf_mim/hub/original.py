@@ -11,8 +11,8 @@ from ..registry import method_class, method_module
 
 logger = logging.get_logger(__name__)
 
-# Releases of networks to learn from, under timm's names: our encoder without a method.
-ENCODER_RELEASES = ("dino", "ibot")
+# Releases of networks to learn from, under timm's names, and their licences: our encoder without a method.
+ENCODER_RELEASES = {"dino": "apache-2.0", "ibot": "apache-2.0"}
 # Of their checkpoints in training, the network that the authors evaluate comes first.
 _NETWORKS = ("teacher", "student")
 # How many names a message holds.

@@ -87,13 +87,15 @@ def _files(folder: Path, form: str | None, stock: Path) -> dict[str, Path]:
 def _commit(api: HfApi, repository: str, files: dict[str, Path], revision: str | None, create_pr: bool) -> str:
     if revision is not None and not revision.startswith("refs/"):
         _retrying(lambda: api.create_branch(repository, branch=revision, exist_ok=True))
-    there = _retrying(lambda: api.list_repo_files(repository, revision=revision))
-    stale = [
-        name for name in there if (_MODEL.fullmatch(name) or name.startswith(f"{PRETRAINING}/")) and name not in files
-    ]
 
     def commit():
-        # Anew each time: the Hub's client marks what it has uploaded.
+        # All anew each time: the Hub's client marks what it has uploaded, and a commit whose answer was lost is made.
+        there = api.list_repo_files(repository, revision=revision)
+        stale = [
+            name
+            for name in there
+            if (_MODEL.fullmatch(name) or name.startswith(f"{PRETRAINING}/")) and name not in files
+        ]
         return api.create_commit(
             repository,
             [CommitOperationAdd(name, path) for name, path in files.items()]

@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ..data.image_processing import build_image_processor
+from ..hub.cards import write_conversion_card
+from ..hub.origin import is_restricted, restriction
 from ..hub.original import ENCODER_RELEASES, convert_checkpoint, name_some
 from ..models.vit.sizes import as_pair
-from ..registry import MODEL_TYPES
+from ..registry import MODEL_TYPES, RECORDS, method_name
 from ..training.building import parse_overrides
 from ..training.command import name_words, parse_arguments, say
 from ..training.errors import run_job
@@ -73,6 +75,8 @@ def convert(args: ConvertArguments) -> int:
         if model.config.num_channels == 3:
             size = as_pair(model.config.image_size)
             build_image_processor(size, 3, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD).save_pretrained(written)
+        released, license = _release(args.model_type)
+        write_conversion_card(written, output.name, released, model.config, license)
         _check_reloaded(model, type(model).from_pretrained(written))
         os.rename(written, output)
     number = sum(value.numel() for value in model.state_dict().values())
@@ -81,7 +85,16 @@ def convert(args: ConvertArguments) -> int:
         say(f"{len(unused)} weights of the checkpoint are not used: {name_some(unused)}.")
     else:
         say("All weights of the checkpoint are used.")
+    if is_restricted(license):
+        say(restriction(f"the authors' {released}", license))
     return 0
+
+
+def _release(model_type: str) -> tuple[str, str]:
+    """What people call the network, and the licence of what its authors released."""
+    if model_type in ENCODER_RELEASES:
+        return {"dino": "DINO", "ibot": "iBOT"}[model_type], ENCODER_RELEASES[model_type]
+    return method_name(model_type), RECORDS[model_type].release_license
 
 
 @torch.no_grad()

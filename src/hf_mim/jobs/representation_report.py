@@ -38,6 +38,7 @@ from ..evaluation.representation import (
     require_sklearn,
 )
 from ..files import save_picture, write_json, write_text
+from ..models.vit.repository import locate
 from ..models.vit.sizes import as_pair
 from ..registry import method_class
 from ..training.arguments import ViTTrainingArguments
@@ -389,10 +390,11 @@ def _sheets(folder: Path, args, subjects: dict[str, Subject], tests: dict) -> li
 @torch.no_grad()
 def _reconstruct(subject: Subject, pixel_values: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Mask and predicted pictures in [0, 1], where the model was saved with a decoder that predicts pixels."""
-    config = AutoConfig.from_pretrained(subject.name)
+    path = locate(subject.name)
+    config = AutoConfig.from_pretrained(path)
     try:
         model_class = method_class(config.model_type, "ForPreTraining")
-        model = model_class.from_pretrained(subject.name, dtype=torch.float32).to(subject.encoder.device).eval()
+        model = model_class.from_pretrained(path, dtype=torch.float32).to(subject.encoder.device).eval()
     except ValueError:
         # Another library's model, or an encoder alone.
         return None

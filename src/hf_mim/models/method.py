@@ -37,6 +37,7 @@ class Method:
         frozen (`FrozenPart`, *optional*): The trained network that it learns from.
         is_baseline (`bool`): Whether it is saved under a model_type of transformers, whose classes stay as they are.
         stock_hides (`bool`): Whether transformers' encoder of that model_type hides patches even when it is used.
+        release_license (`str`): Of the weights that its authors released, as the Hub names it.
         package (`str`): Where its folder is.
 
     Raises:
@@ -53,6 +54,7 @@ class Method:
     frozen: FrozenPart | None
     is_baseline: bool = False
     stock_hides: bool = False
+    release_license: str = "unknown"
     package: str = field(default="hf_mim.models")
 
     def __post_init__(self):

@@ -135,9 +135,9 @@ class ViTTrainingArguments(TrainingArguments):
     hub_strategy: str = field(
         default="end",
         metadata={
-            "help": "What is pushed: end, all of a run but its checkpoints, once it is finished; checkpoint, at each "
-            "save also the checkpoint, with the optimiser, as last-checkpoint/; every_save and all_checkpoints as "
-            "transformers has them."
+            "help": "What is pushed: end, all of a run but its checkpoints, once it is finished; checkpoint, besides "
+            "at each save the checkpoint, with the optimiser, as last-checkpoint/; all_checkpoints, each by its own "
+            "name; every_save as transformers has it."
         },
     )
     hub_create_pr: bool = field(

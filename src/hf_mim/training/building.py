@@ -14,6 +14,7 @@ from transformers.utils import logging
 from ..models.presets import preset_config
 from ..models.vit.alignment import align_weights
 from ..models.vit.channels import map_normalization, read_channel_map, with_channels
+from ..models.vit.checkpoint_files import refuse_folder
 from ..models.vit.encoders import encoder_from, read_normalization
 from ..models.vit.frozen import check_frozen_channels, frozen_grid
 from ..models.vit.frozen_layouts import describe_config
@@ -431,10 +432,13 @@ def _from_pretrained(load, path: str, config, source, **kwargs):
 
 
 def check_there(path: str, flag: str) -> None:
-    """Raises ValueError if `path` can only be a folder, and there is none."""
+    """Raises ValueError if `path` can only be a folder, and there is none, or one without a network in it."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") > 1
     if looks_local and not Path(path).expanduser().exists():
         raise ValueError(f"--{flag} {path}: there is no such folder.")
+    folder = Path(path).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        refuse_folder(folder)
 
 
 def _read_config(path: str) -> PreTrainedConfig:

@@ -4,7 +4,10 @@ import functools
 import shutil
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from safetensors import SafetensorError
+from transformers.trainer_utils import HubStrategy
+from transformers.utils.hub import PushInProgress
 
 from ..files import replacing
 from .checkpoints import (
@@ -119,6 +122,33 @@ class SavingMixin:
         """Keeps the card that the job wrote, which the stock one would replace when pushing."""
         if not (Path(self.args.output_dir) / "README.md").is_file():
             super().create_model_card(*args, **kwargs)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """
+        As the stock method; but with `hub_strategy` "checkpoint" and "all_checkpoints" the checkpoint alone is pushed,
+        in one commit: what else a repository holds is a finished run.
+        """
+        names = {
+            HubStrategy.CHECKPOINT: "last-checkpoint",
+            HubStrategy.ALL_CHECKPOINTS: Path(checkpoint_folder).name,
+        }
+        if self.args.hub_strategy not in names:
+            return super()._push_from_checkpoint(checkpoint_folder)
+        if not self.is_world_process_zero():
+            return
+        # One at a time: of several on their way the last would not always be the last to arrive.
+        self._finish_current_push()
+        job = HfApi(token=self.args.hub_token).upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=checkpoint_folder,
+            path_in_repo=names[self.args.hub_strategy],
+            # Of the checkpoint before.
+            delete_patterns="*",
+            commit_message=f"Checkpoint of step {self.state.global_step}",
+            revision=self.args.hub_revision,
+            run_as_future=True,
+        )
+        self.push_in_progress = PushInProgress([job])
 
     def _get_output_dir(self, trial) -> str:
         folder = super()._get_output_dir(trial)

@@ -39,4 +39,5 @@ METHOD = Method(
     schedules={},
     frozen=None,
     is_baseline=True,
+    release_license="cc-by-nc-4.0",
 )

@@ -26,7 +26,24 @@ def read_checkpoint(checkpoint, networks: tuple[str, ...] = ()) -> dict[str, tor
     return {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def refuse_folder(path: Path) -> None:
+    """Raises ValueError, which says what to do, if a path is a folder of a checkpoint in parts, not a file."""
+    if not path.is_dir():
+        return
+    if (path / ".metadata").is_file() or any(path.glob("*.distcp")):
+        raise ValueError(
+            f"{path} is a checkpoint of torch.distributed in parts (.distcp), whose table is a pickle that could run "
+            "code: not read. Where you trust it, make one file of it: python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} checkpoint.pth"
+        )
+    files = sorted(file.name for file in path.iterdir() if file.suffix in (".pth", ".pt", ".safetensors"))
+    named = f" There are {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}." if files else ""
+    several = " Of one in shards, put them together first." if len(files) > 1 else ""
+    raise ValueError(f"{path} is a folder; expected one .pth, .pt or .safetensors file.{named}{several}")
+
+
 def _read_file(path: Path) -> Mapping:
+    refuse_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}. Give the path of a .pth, .pt or .safetensors file.")
     try:

@@ -23,4 +23,5 @@ METHOD = Method(
     frozen=None,
     is_baseline=True,
     stock_hides=True,
+    release_license="cc-by-nc-4.0",
 )
