@@ -166,6 +166,19 @@ class TestCells:
         ]
         assert "--max_train_samples=500" in tuned and "--label_column_name=label" in tuned
 
+    @pytest.mark.parametrize("method", ["MAE, mini", "supervised, mini"])
+    def test_mini_is_a_cell_of_its_own(self, tmp_path, monkeypatch, method):
+        args = self.arguments(tmp_path, "--methods", method)
+        args.data, args.cifar10 = ["cifar10"], tmp_path
+        (cell,) = comparison.all_cells(args)
+
+        def run(script, flags, args):
+            raise RuntimeError(f"{script} {' '.join(flags)}")
+
+        monkeypatch.setattr(comparison, "run", run)
+        with pytest.raises(RuntimeError, match="--preset=mini.*_mini"):
+            comparison.run_cells([cell], args)
+
     @pytest.mark.parametrize("steps", [7812, 16, 1953, 8])
     def test_what_is_looked_at_is_a_checkpoint(self, steps):
         every, points = comparison.curve(comparison.DATA["cifar10"].points, steps)
