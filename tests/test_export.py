@@ -29,6 +29,8 @@ SQUARE = {"image_size": (32, 32), "patch_size": (8, 8), "num_channels": 3}
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 LABELS = {0: "cat", 1: "dog", 2: "fish"}
 TRACED = ("onnx", "torch-export")
+# Tracing takes seconds a block.
+ONE_BLOCK = {"num_hidden_layers": 1}
 # Beside them dinov2, of which the grid has to be a square.
 WEIGHTS = ("vit", "timm", "safetensors")
 
@@ -77,7 +79,8 @@ MODERN = {"num_register_tokens": 2, "embedding_layernorm": True, "use_gated_mlp"
 
 
 def test_what_only_some_formats_have_room_for(tmp_path):
-    config = hf_mim.MaskedViTConfig(**SIZES, **MODERN, image_size=32, patch_size=8, position_embedding="learned")
+    sizes = SIZES | ONE_BLOCK | MODERN
+    config = hf_mim.MaskedViTConfig(**sizes, image_size=32, patch_size=8, position_embedding="learned")
     model = scrambled(hf_mim.MaskedViTModel(config)).eval()
     assert hf_mim.export(model, tmp_path / "out.pt2", "torch-export") < 1e-5
     assert hf_mim.export(model, tmp_path / "out.safetensors", "safetensors") < 1e-5
@@ -110,7 +113,7 @@ def test_traced_encoders_take_any_size(tmp_path):
     """Both traced forms; another batch and size than any that the export itself tries."""
     import onnxruntime
 
-    model = tiny_model("tec", "Model", image_size=(32, 48), patch_size=(8, 4))
+    model = tiny_model("tec", "Model", **ONE_BLOCK, adapter_group_size=1, image_size=(32, 48), patch_size=(8, 4))
     for format in TRACED:
         assert hf_mim.export(model, named(tmp_path / "out", format), format) < 1e-5
     session = onnxruntime.InferenceSession(tmp_path / "out.onnx")
@@ -152,7 +155,8 @@ def test_stock_models(tmp_path):
     vit = scrambled(ViTForImageClassification(ViTConfig(**SIZES, image_size=32, patch_size=8, num_labels=3)))
     assert hf_mim.export(vit, tmp_path / "classifier.safetensors", "timm") < 1e-5
     assert hf_mim.export(vit.vit, tmp_path / "vit", "vit") < 1e-5
-    dino = Dinov2Model(Dinov2Config(**{k: v for k, v in SIZES.items() if k[0] != "i"}, image_size=32, patch_size=8))
+    sizes = {name: value for name, value in (SIZES | ONE_BLOCK).items() if name != "intermediate_size"}
+    dino = Dinov2Model(Dinov2Config(**sizes, image_size=32, patch_size=8))
     assert hf_mim.export(scrambled(dino), tmp_path / "dino.pt2", "torch-export") < 1e-5
     mae = hf_mim.ViTMAEForPreTraining(hf_mim.ViTMAEConfig(**SIZES, image_size=32, patch_size=8))
     scrambled(mae).save_pretrained(tmp_path / "mae")
@@ -166,7 +170,7 @@ def test_stock_models(tmp_path):
 
 
 def test_an_export_is_a_copy(tmp_path):
-    model = tiny_model("ocl", "ForImageClassification")
+    model = tiny_model("ocl", "ForImageClassification", **ONE_BLOCK)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hf_mim.export(model, tmp_path / "out.pt2", "torch-export", dtype="float16")
     after = model.state_dict()
