@@ -208,12 +208,37 @@ def _save(array, name="1.png"):
         (_save(np.zeros((16, 20, 3), np.uint8)), r"1\.png: a mask of colours \(RGB\)"),
         (_save(np.zeros((16, 20), np.uint16)), r"1\.png: a mask of 16 or 32 bits"),
         (lambda root: (root / "masks" / "1.png").write_bytes(b""), r"1\.png: the mask cannot be read"),
+        (_save(np.zeros((16, 20), np.uint8), "1.tif"), r"masks/1\.png and .*masks/1\.tif are of one stem"),
     ],
 )
 def test_what_is_wrong_with_a_mask_is_told_by_its_name(folders, change, message):
     change(folders)
     with pytest.raises(ValueError, match=message):
         load(folders, class_names=["sea", "land"])
+
+
+def test_classes_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="--class_names has 'sea' twice"):
+        MaskArguments(class_names=["sea", "land", "sea"])
+
+
+def test_other_masks_of_the_same_pictures_are_another_run(folders, tmp_path, capsys):
+    flags = [*SMALL, f"--train_dir={folders / 'images'}", "--validation_fraction=0.25", "--class_names", "sea", "land"]
+    flags += [f"--train_mask_dir={folders / 'masks'}", f"--output_dir={tmp_path / 'out'}", "--max_steps=1"]
+    flags.append("--per_device_train_batch_size=2")
+    assert main(flags) == 0
+    weights = (tmp_path / "out" / "model.safetensors").read_bytes()
+    for number in range(4):
+        mask = np.full((16, 20), 1 - number % 2, dtype=np.uint8)
+        Image.fromarray(mask).save(folders / "masks" / f"{number}.png")
+    capsys.readouterr()
+    assert main(flags) == 1
+    assert "(3 pictures) here, with other contents" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+    # What is to be done about a broken picture is no flag that is not taken here.
+    (folders / "images" / "1.jpg").write_bytes(b"")
+    assert main(flags) == 1
+    assert "1.jpg" in (said := capsys.readouterr().err) and "Remove it and its mask" in said and "--skip" not in said
 
 
 def test_masks_that_say_nothing_are_refused(folders):

@@ -6,6 +6,7 @@ The augmentation is a function of (seed, epoch, index): torchvision's transforms
 are set for the length of a call, and put back.
 """
 
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
@@ -25,6 +26,9 @@ from .loading import check_images, hold_out, load_images, subset
 from .sources.datasets import sibling_column
 from .sources.folder import check_folder, find_images, from_folder
 from .transforms import sample_generator
+
+# Maps that a fingerprint looks into.
+_SAMPLED = 256
 
 
 class MapArguments:
@@ -124,7 +128,15 @@ def _of_folders(data_args: DataArguments, args: MapArguments) -> tuple[ImageData
 def _files_of(pictures: ImageDataset, folder: str, kind: str) -> list[str]:
     """The files below `folder` of the same stems as the pictures of another folder, in their order."""
     values = pictures._values
-    paths = {os.path.splitext(path)[0]: path for path in find_images(folder)}
+    found = find_images(folder)
+    paths = {os.path.splitext(path)[0]: path for path in found}
+    twice = sorted(path for path in found if paths[os.path.splitext(path)[0]] != path)
+    if twice:
+        other = paths[os.path.splitext(twice[0])[0]]
+        raise ValueError(
+            f"{os.path.join(folder, twice[0])} and {os.path.join(folder, other)} are of one stem, and a picture has "
+            f"one {kind}. Take one of them away ({len(twice)} are too many)."
+        )
     stems = [os.path.splitext(os.path.relpath(values[row], values.root))[0] for row in range(len(values))]
     without = [stem for stem in stems if stem not in paths]
     if without:
@@ -275,6 +287,16 @@ class DenseDataset(Dataset):
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = epoch_and_index
         return self.transform(self.pictures.annotated(index, [self.transform.kind]), epoch, index)
+
+    def labels_fingerprint(self) -> str:
+        """A hash of 256 maps, from everywhere, as they are read; of scenes none, whose maps follow from them."""
+        maps, rows = self.pictures.annotations[self.transform.kind], self.pictures._rows
+        digest = hashlib.sha256()
+        if isinstance(maps, Maps):
+            for index in np.unique(np.linspace(0, len(self) - 1, _SAMPLED).round().astype(np.int64)).tolist():
+                found = np.ascontiguousarray(maps[int(rows[index])])
+                digest.update(f"{found.dtype} {found.shape}".encode() + found.tobytes())
+        return digest.hexdigest()
 
 
 class WholePictures:

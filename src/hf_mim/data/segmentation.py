@@ -53,6 +53,10 @@ class MaskArguments(MapArguments):
         most = 65535 if self.rgb_masks else 255
         if not 0 <= self.ignore_index <= most:
             raise ValueError(f"--ignore_index is {self.ignore_index}; expected a number from 0 to {most}.")
+        names = self.class_names or []
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"--class_names has {twice!r} twice: each class needs a name of its own.")
         super().__post_init__()
 
     @property

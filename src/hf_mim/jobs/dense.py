@@ -14,6 +14,7 @@ from ..data.arguments import DataArguments
 from ..data.dataset import ImageDataset
 from ..data.dense import DenseDataset, DenseTransform, MapArguments, WholePictures
 from ..data.image_processing import MIMImageProcessor
+from ..data.images import BrokenImageError
 from ..data.loading import resolve_mean_std, spread_indices
 from ..evaluation.pictures import draw_loss_curves, label_rows, to_rgb, unnormalise
 from ..files import replacing, write_json
@@ -154,8 +155,11 @@ def _train_dense(task: DenseTask, model_args, data_args, map_args, args) -> int:
     size, channels = as_pair(config.image_size), config.num_channels
     # Scenes are drawn at this size; other pictures keep theirs.
     data_args = data_args.for_model(channels, size)
-    with PartialState().main_process_first():
-        train, validation = task.load(data_args, map_args, args.seed)
+    try:
+        with PartialState().main_process_first():
+            train, validation = task.load(data_args, map_args, args.seed)
+    except BrokenImageError as error:
+        raise ValueError(f"{error} Remove it and its {map_args.kind}: models of pixels skip no picture.") from error
     task.configure(config, args)
     set_seed(args.seed)
     model = build_dense(model_args, config, encoder, task.suffix)
