@@ -100,8 +100,8 @@ def load_maps(data_args: DataArguments, args: MapArguments, seed: int) -> tuple[
     if args.folder("train"):
         train, validation = _of_folders(data_args, args)
     else:
-        pictures = load_images(data_args, seed=seed)
-        train, validation = pictures.train, pictures.validation
+        images = load_images(data_args, seed=seed)
+        train, validation = images.train, images.validation
         if data_args.dataset_name:
             flag = f"{kind}_column_name"
             for split in (train, validation):
@@ -125,9 +125,9 @@ def _of_folders(data_args: DataArguments, args: MapArguments) -> tuple[ImageData
     return subset(train, data_args.max_train_samples), subset(validation, data_args.max_eval_samples)
 
 
-def _files_of(pictures: ImageDataset, folder: str, kind: str) -> list[str]:
+def _files_of(images: ImageDataset, folder: str, kind: str) -> list[str]:
     """The files below `folder` of the same stems as the pictures of another folder, in their order."""
-    values = pictures._values
+    values = images._values
     found = find_images(folder)
     paths = {os.path.splitext(path)[0]: path for path in found}
     twice = sorted(path for path in found if paths[os.path.splitext(path)[0]] != path)
@@ -153,21 +153,21 @@ def _files_of(pictures: ImageDataset, folder: str, kind: str) -> list[str]:
     return [os.path.join(folder, paths[stem]) for stem in stems]
 
 
-def read_maps(pictures: ImageDataset, kind: str) -> Iterator[tuple[str, np.ndarray]]:
+def read_maps(images: ImageDataset, kind: str) -> Iterator[tuple[str, np.ndarray]]:
     """
     The name and the map of each picture, read.
 
     Raises:
         ValueError: If a map cannot be read, or is of another size than its picture.
     """
-    maps = pictures.annotations[kind]
-    for index in range(len(pictures)):
-        row = int(pictures._rows[index])
+    maps = images.annotations[kind]
+    for index in range(len(images)):
+        row = int(images._rows[index])
         name, found = maps.name(row), maps[row]
-        size = tuple(pictures[index].shape[1:])
+        size = tuple(images[index].shape[1:])
         if found.shape != size:
             raise ValueError(
-                f"{name} has {found.shape[0]} x {found.shape[1]} pixels, and its picture, {pictures.name(index)}, "
+                f"{name} has {found.shape[0]} x {found.shape[1]} pixels, and its picture, {images.name(index)}, "
                 f"{size[0]} x {size[1]} (height x width). Make them the same."
             )
         yield name, found
@@ -278,8 +278,8 @@ class DenseDataset(Dataset):
 
     num_broken = 0
 
-    def __init__(self, pictures: ImageDataset, transform):
-        self.pictures, self.transform = pictures, transform
+    def __init__(self, images: ImageDataset, transform):
+        self.pictures, self.transform = images, transform
 
     def __len__(self) -> int:
         return len(self.pictures)

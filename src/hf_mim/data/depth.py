@@ -99,12 +99,12 @@ def load_depths(
     return train, validation, mean
 
 
-def _mean_log(maps, pictures: ImageDataset) -> float:
+def _mean_log(maps, images: ImageDataset) -> float:
     """Raises ValueError if no pixel has a depth."""
     total, number = 0.0, 0
     for depths in maps:
         known = depths[depths > 0]
         total, number = total + float(np.log(known, dtype=np.float64).sum()), number + known.size
     if number == 0:
-        raise ValueError(f"No pixel of the depth maps of {pictures.source} has a depth: all are 0 or NaN.")
+        raise ValueError(f"No pixel of the depth maps of {images.source} has a depth: all are 0 or NaN.")
     return total / number

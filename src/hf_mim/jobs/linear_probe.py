@@ -295,8 +295,8 @@ def _record(subject: Subject, args: ProbeArguments, data_args: DataArguments) ->
 class _Told:
     """Pictures and all that is to be told of them, as `describe_images` takes them."""
 
-    def __init__(self, pictures):
-        self.pictures, self.labels = pictures, pictures.labels
+    def __init__(self, images):
+        self.pictures, self.labels = images, images.labels
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -313,10 +313,10 @@ def _describe(args: ProbeArguments, data_args: DataArguments, run: dict) -> dict
     }
 
 
-def _features(subject: Subject, pictures, args: ProbeArguments) -> torch.Tensor:
+def _features(subject: Subject, images, args: ProbeArguments) -> torch.Tensor:
     features = extract_features(
         {"": subject.encoder},
-        pictures,
+        images,
         subject.processor,
         [_pooling(args)],
         batch_size=args.per_device_train_batch_size,
