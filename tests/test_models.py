@@ -14,7 +14,7 @@ from transformers import AutoBackbone, AutoConfig, pipeline
 
 import hf_mim
 from hf_mim.data.image_processing import build_image_processor
-from hf_mim.models.vit.modeling_vit import MaskedViTLayer
+from hf_mim.models.vit.layers import MaskedViTLayer
 from hf_mim.registry import METHODS, method_class
 from tiny import TINY, checkpoint_activations, scrambled, slow_position_table, tiny_batch, tiny_config, tiny_model
 

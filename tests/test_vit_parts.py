@@ -12,16 +12,11 @@ from golden import Golden
 from hf_mim import to_vit
 from hf_mim.models.vit.configuration_vit import MaskedAutoencoderConfig, MaskedViTConfig
 from hf_mim.models.vit.convert_vit import convert_layers, copy_affine
+from hf_mim.models.vit.decoder import MaskedViTDecoder
+from hf_mim.models.vit.embeddings import MaskedViTPatchEmbeddings, patchify
 from hf_mim.models.vit.frozen_sources import read_source
 from hf_mim.models.vit.masking import random_masking, restore_order
-from hf_mim.models.vit.modeling_vit import (
-    MaskedViTBackbone,
-    MaskedViTDecoder,
-    MaskedViTForImageClassification,
-    MaskedViTModel,
-    MaskedViTPatchEmbeddings,
-    patchify,
-)
+from hf_mim.models.vit.modeling_vit import MaskedViTBackbone, MaskedViTForImageClassification, MaskedViTModel
 from hf_mim.models.vit.position import interpolate_position_table, sincos_position_table
 from hf_mim.registry import METHODS
 from tiny import scrambled, slow_position_table, tiny_batch, tiny_config, tiny_model

@@ -7,12 +7,12 @@ from torch import nn
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from ..vit.decoder import MaskedViTDecoder
 from ..vit.frozen import build_frozen
 from ..vit.frozen_sources import read_source
 from ..vit.modeling_vit import (
     HEADS,
     MaskedViTBackbone,
-    MaskedViTDecoder,
     MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
     MaskedViTForSemanticSegmentation,

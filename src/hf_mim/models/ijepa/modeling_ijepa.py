@@ -12,13 +12,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from ..vit.modeling_vit import (
-    MaskedViTDecoder,
-    MaskedViTEmbeddings,
-    MaskedViTModel,
-    MaskedViTPreTrainedModel,
-    refuse_unknown,
-)
+from ..vit.decoder import MaskedViTDecoder
+from ..vit.embeddings import MaskedViTEmbeddings
+from ..vit.modeling_vit import MaskedViTModel, MaskedViTPreTrainedModel, refuse_unknown
 from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.teachers import AveragedTeacherMixin
 from .blocks import draw_blocks

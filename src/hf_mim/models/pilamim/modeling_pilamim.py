@@ -6,15 +6,15 @@ import torch
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
+from ..vit.decoder import MaskedViTDecoder
+from ..vit.embeddings import patchify
 from ..vit.modeling_vit import (
     HEADS,
     MaskedViTBackbone,
-    MaskedViTDecoder,
     MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
-    patchify,
     refuse_unknown,
     with_encoder,
     without_registers,

@@ -10,21 +10,17 @@ from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple
 
 from ..vit.attention import MaskedViTMLP
+from ..vit.embeddings import MaskedViTEmbeddings
 from ..vit.encoders import encoder_from
-from ..vit.frozen import attention_products, build_frozen
+from ..vit.frozen import build_frozen
 from ..vit.frozen_sources import FrozenSource
-from ..vit.masking import restore_order
 from ..vit.modeling_vit import (
     HEADS,
-    DecoderSizes,
     MaskedViTBackbone,
-    MaskedViTEmbeddings,
     MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
-    add_position_table,
-    build_layers,
     pool,
     refuse_unknown,
     with_encoder,
@@ -33,7 +29,9 @@ from ..vit.modeling_vit import (
 from ..vit.pretraining import MaskedViTForPreTraining
 from ..vit.teachers import FrozenTeacherMixin
 from ..vit.transfer import refuse_other_network
+from .adapters import TECEncoderAdapter, block_outputs
 from .configuration_tec import TECConfig
+from .decoder import TECDecoder
 
 logger = logging.get_logger(__name__)
 
@@ -106,114 +104,6 @@ class TECModel(MaskedViTModel):
         folded = {"embeddings.cls_token": self.embeddings.class_token()}
         weights = super().vit_state_dict() | folded
         return {name: value for name, value in weights.items() if not name.startswith("embeddings.cls_adapter.")}
-
-
-class TECEncoderAdapter(nn.Module):
-    """Adapts the outputs of all blocks in groups, and adds up (section 2.2, equation 1)."""
-
-    def __init__(self, config: TECConfig):
-        super().__init__()
-        width, self.group_size = config.hidden_size, config.adapter_group_size
-        groups = config.num_hidden_layers // self.group_size
-        self.layernorm_before = nn.LayerNorm(config.num_hidden_layers * width, eps=config.layer_norm_eps)
-        self.fuse = nn.ModuleList(nn.Linear(self.group_size * width, width) for _ in range(groups))
-        self.mlps = nn.ModuleList(
-            MaskedViTMLP(width, 4 * config.decoder_hidden_size, config.hidden_act) for _ in range(groups)
-        )
-        self.layernorm_after = nn.LayerNorm(width, eps=config.layer_norm_eps)
-
-    def group_outputs(self, block_outputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-        """What each group adds, (batch_size, length, hidden_size), the first blocks' first."""
-        fused = self.layernorm_before(torch.cat(block_outputs, dim=-1)).chunk(len(self.fuse), dim=-1)
-        fused = [fuse(group) for fuse, group in zip(self.fuse, fused, strict=True)]
-        dtype = self.layernorm_after.weight.dtype
-        return [group.to(dtype) + mlp(group) for mlp, group in zip(self.mlps, fused, strict=True)]
-
-    def forward(self, block_outputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        """
-        Args:
-            block_outputs (`tuple` of `torch.Tensor` of shape `(batch_size, length, hidden_size)`): Of every block, the
-                last one after the final LayerNorm.
-        """
-        return self.layernorm_after(sum(self.group_outputs(block_outputs)))
-
-
-def block_outputs(encoder_outputs) -> tuple[torch.Tensor, ...]:
-    """Of every block, the last one after the final LayerNorm, from outputs with `hidden_states`."""
-    return (*encoder_outputs.hidden_states[1:-1], encoder_outputs.last_hidden_state)
-
-
-class TECTargetDecoder(nn.Module):
-    """What one target has of its own: input map, mask token, final norm and output map."""
-
-    def __init__(self, config: TECConfig, output_size: int):
-        super().__init__()
-        width = config.decoder_hidden_size
-        self.embed = nn.Linear(config.hidden_size, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.head = nn.Linear(width, output_size)
-
-    def forward(self, hidden_states: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """What the blocks read, (batch_size, 1 + num_patches, decoder_hidden_size), without positions."""
-        return restore_order(self.embed(hidden_states), self.mask_token, ids_restore)
-
-    def read_out(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Predictions (batch_size, length, output_size) from the blocks' output."""
-        return self.head(self.layernorm(tokens))
-
-
-class TECDecoder(nn.Module):
-    """
-    The multi-target decoder (section 2.3): the same blocks for a sequence of each target.
-
-    Args:
-        config: The student's.
-        base_width, base_heads (`int`): Of the network that is predicted.
-    """
-
-    def __init__(self, config: TECConfig, base_width: int, base_heads: int):
-        super().__init__()
-        self.base_heads = base_heads
-        self.scale = base_width**-0.5 if config.attention_logit_scale is None else config.attention_logit_scale
-        add_position_table(self, config, config.decoder_hidden_size)
-        self.layers = build_layers(DecoderSizes(config), 0.0)
-        self.feature = TECTargetDecoder(config, base_width)
-        if config.attention_target != "none":
-            # All queries, then all keys.
-            self.attention = TECTargetDecoder(config, 2 * base_width)
-
-    def forward(
-        self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, rows: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, 1 + num_keep, hidden_size)`): [CLS], kept patches.
-            ids_restore (`torch.LongTensor` of shape `(batch_size, num_patches)`): Place of patch i among the shuffled.
-            rows (`torch.LongTensor` of shape `(batch_size, R)`): Rows of attention to predict; None for no attention.
-
-        Returns:
-            Features (batch_size, num_patches, base_width), and logits (batch_size, base_heads, R, num_patches).
-        """
-        targets = [self.feature] if rows is None else [self.feature, self.attention]
-        # One batch of both sequences: the blocks are the same.
-        tokens = torch.cat([target(hidden_states, ids_restore) for target in targets])
-        tokens = tokens + self.position_embeddings.to(tokens.dtype)
-        for layer in self.layers:
-            tokens = layer(tokens)
-        features, *attention = tokens.chunk(len(targets))
-        features = self.feature.read_out(features[:, 1:])
-        return features, self.attention_logits(attention[0], rows) if attention else None
-
-    def attention_logits(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Products of the rows' queries and the patches' keys, scaled."""
-        samples = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)
-        queries, keys = self.attention.read_out(tokens).chunk(2, dim=-1)
-        queries, keys = (
-            vectors.unflatten(2, (self.base_heads, -1)).transpose(1, 2)
-            for vectors in (queries[samples, rows], keys[:, 1:])
-        )
-        return attention_products(queries, keys) * self.scale
 
 
 class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):

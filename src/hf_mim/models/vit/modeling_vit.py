@@ -1,5 +1,6 @@
 """
-The masked Vision Transformer that every method shares: encoder, decoder, backbone, and the models with a head.
+The masked Vision Transformer that every method shares: encoder, backbone, and the models with a head. What they are
+made of: `embeddings.py`, `layers.py`, `attention.py`; what decodes them: `decoder.py`.
 
 Parameter names are those of transformers' `ViTModel`, so that encoders go to and from the stock classes by name. What
 is added: masking before the patch projection, fixed positions, rectangular grids, any number of channels, and
@@ -13,11 +14,9 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torchvision.ops import StochasticDepth
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BackboneOutput,
     BaseModelOutputWithPooling,
@@ -29,12 +28,12 @@ from transformers.utils import TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .alignment import AlignedLoading
-from .attention import MaskedViTAttention, MaskedViTMLP
 from .configuration_vit import MaskedViTConfig
 from .depth import build_depth_head, scale_invariant_log_loss
-from .masking import restore_order
+from .embeddings import MaskedViTEmbeddings
+from .layers import build_layers
 from .pixels import PixelRenormalization
-from .position import fixed_position_table, interpolate_position_table, rotary_table, select_positions
+from .position import fixed_position_table
 from .repository import HUB_ARGUMENTS, with_subfolder
 from .segmentation import build_segmentation_head, segmentation_loss
 from .sizes import as_pair
@@ -46,255 +45,6 @@ _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 # The heads that a checkpoint may hold besides an encoder; not worth a warning when that alone is loaded.
 HEADS = [r"^classifier\.", r"^segmentation_head\.", r"^depth_head\."]
-
-
-def patchify(pixel_values: torch.Tensor, patch_size: tuple[int, int]) -> torch.Tensor:
-    """
-    Cuts pictures into patches, as a view that copies nothing.
-
-    Args:
-        pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`).
-        patch_size (`tuple[int, int]`): (height, width) of a patch, which divide those of the picture.
-
-    Returns:
-        `torch.Tensor` of shape `(batch_size, rows, columns, num_channels, patch_height, patch_width)`.
-    """
-    batch_size, channels, height, width = pixel_values.shape
-    rows, columns = height // patch_size[0], width // patch_size[1]
-    patches = pixel_values.reshape(batch_size, channels, rows, patch_size[0], columns, patch_size[1])
-    return patches.permute(0, 2, 4, 1, 3, 5)
-
-
-class MaskedViTPatchProjection(nn.Conv2d):
-    """A convolution by name and shape, for exchange with ViT; of patches it is the linear map that it stands for."""
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Tokens of patches (batch_size, length, pixels of a patch); of whole pictures as `nn.Conv2d`."""
-        if pixels.ndim != 3:
-            return super().forward(pixels)
-        return nn.functional.linear(pixels, self.weight.flatten(1), self.bias)
-
-
-class MaskedViTPatchEmbeddings(nn.Module):
-    """The linear map from patches to tokens, applied to the kept patches only."""
-
-    def __init__(self, config: MaskedViTConfig):
-        super().__init__()
-        self.patch_size = as_pair(config.patch_size)
-        self.projection = MaskedViTPatchProjection(
-            config.num_channels, config.hidden_size, self.patch_size, self.patch_size
-        )
-
-    def forward(self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
-        """Tokens (batch_size, num_keep or num_patches, hidden_size) of the patches `ids_keep`, None for all."""
-        patches = patchify(pixel_values.to(self.projection.weight.dtype), self.patch_size)
-        if ids_keep is None:
-            patches = patches.flatten(1, 2)
-        else:
-            columns = patches.shape[2]
-            samples = torch.arange(ids_keep.shape[0], device=patches.device).unsqueeze(1)
-            samples = samples // (ids_keep.shape[0] // patches.shape[0])
-            patches = patches[samples, ids_keep // columns, ids_keep % columns]
-        # By its call and not by its weights, which may lie on the disk until then.
-        return self.projection(patches.flatten(2))
-
-
-class MaskedViTEmbeddings(nn.Module):
-    """Patch tokens with positions, hidden patches left out, [CLS] and registers in front."""
-
-    def __init__(self, config: MaskedViTConfig):
-        super().__init__()
-        self.config = config
-        width = config.hidden_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, width)) if config.use_cls_token else None
-        registers = config.num_register_tokens
-        self.register_tokens = nn.Parameter(torch.zeros(1, registers, width)) if registers else None
-        self.patch_embeddings = MaskedViTPatchEmbeddings(config)
-        if config.position_embedding == "rotary":
-            self.position_embeddings = None
-        else:
-            add_position_table(self, config, width)
-        normed = config.embedding_layernorm
-        self.layernorm = nn.LayerNorm(width, eps=config.layer_norm_eps) if normed else nn.Identity()
-
-    def grid(self, height: int, width: int, interpolate: bool) -> tuple[int, int]:
-        """The patch grid (rows, columns) of pictures of `height` x `width` pixels."""
-        patch_height, patch_width = as_pair(self.config.patch_size)
-        if (height, width) == as_pair(self.config.image_size):
-            return self.config.grid_size
-        if not interpolate:
-            expected = as_pair(self.config.image_size)
-            raise ValueError(
-                f"The pictures have {height} x {width} pixels, the model expects {expected[0]} x {expected[1]} "
-                "(height x width). Resize them, or pass interpolate_pos_encoding=True."
-            )
-        if height % patch_height or width % patch_width:
-            raise ValueError(
-                f"{height} x {width} pixels are not divisible by the patch size {patch_height} x {patch_width} "
-                "(height x width). Resize the pictures to multiples of it."
-            )
-        return height // patch_height, width // patch_width
-
-    def rotary(
-        self, pixel_values: torch.Tensor, ids_keep: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """What turns the queries and keys of the patches `ids_keep`, by [`rotary_table`]; None without it."""
-        config = self.config
-        if config.position_embedding != "rotary":
-            return None
-        grid = self.grid(*pixel_values.shape[2:], interpolate=True)
-        head_dim = config.hidden_size // config.num_attention_heads
-        return rotary_table(grid, head_dim, config.rope_theta, ids_keep, pixel_values.device)
-
-    def class_token(self) -> torch.Tensor:
-        """[CLS] before its position is added, (1, 1, hidden_size)."""
-        return self.cls_token
-
-    def forward(
-        self,
-        pixel_values: torch.Tensor,
-        ids_keep: torch.Tensor | None = None,
-        interpolate_pos_encoding: bool = False,
-    ) -> torch.Tensor:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.config.num_channels:
-            raise ValueError(
-                f"pixel_values has the shape {tuple(pixel_values.shape)}; expected (batch_size, "
-                f"{self.config.num_channels}, height, width). Check the pictures' channels against num_channels."
-            )
-        dtype, num_cls = self.patch_embeddings.projection.weight.dtype, int(self.config.use_cls_token)
-        grid = self.grid(*pixel_values.shape[2:], interpolate_pos_encoding)
-        tokens, prefix = self.patch_embeddings(pixel_values, ids_keep), []
-        if self.cls_token is not None:
-            prefix.append(self.class_token())
-        if self.position_embeddings is not None:
-            table, how = self.position_embeddings, self.config.position_interpolation
-            table = interpolate_position_table(table, self.config.grid_size, grid, how)
-            tokens = tokens + select_positions(table, ids_keep, num_cls)[:, num_cls:]
-            prefix = [cls + table[:, :1] for cls in prefix]
-        if self.register_tokens is not None:
-            prefix.append(self.register_tokens)
-        prefix = [token.expand(tokens.shape[0], -1, -1).to(dtype) for token in prefix]
-        return self.layernorm(torch.cat((*prefix, tokens.to(dtype)), dim=1) if prefix else tokens.to(dtype))
-
-
-class MaskedViTLayer(GradientCheckpointingLayer):
-    """A pre-norm Transformer block with stochastic depth."""
-
-    def __init__(self, config, drop_path_rate: float = 0.0):
-        super().__init__()
-        self.layernorm_before = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.attention = MaskedViTAttention(config)
-        self.layernorm_after = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MaskedViTMLP(config.hidden_size, config.intermediate_size, config.hidden_act, config.use_gated_mlp)
-        self.drop_path = StochasticDepth(drop_path_rate, mode="row") if drop_path_rate > 0.0 else nn.Identity()
-
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        weights: list[torch.Tensor] | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
-        cls_only: bool = False,
-        **kwargs,
-    ) -> torch.Tensor:
-        """
-        `weights`, where it is given, gets the attention weights, if the implementation has them; `rotary` turns the
-        patches' queries and keys; with `cls_only` the output is [CLS] alone, (batch_size, 1, hidden_size).
-        """
-        attention, attended = self.attention(self.layernorm_before(hidden_states), rotary, cls_only, **kwargs)
-        if cls_only:
-            hidden_states = hidden_states[:, :1]
-        if weights is not None and attended is not None:
-            weights.append(attended)
-        hidden_states = hidden_states + self.drop_path(attention)
-        return hidden_states + self.drop_path(self.mlp(self.layernorm_after(hidden_states)))
-
-
-def build_layers(config, drop_path_rate: float) -> nn.ModuleList:
-    """The blocks of an encoder or decoder; stochastic depth rises linearly from 0 to `drop_path_rate`."""
-    last = max(config.num_hidden_layers - 1, 1)
-    return nn.ModuleList(MaskedViTLayer(config, drop_path_rate * i / last) for i in range(config.num_hidden_layers))
-
-
-class DecoderSizes:
-    """
-    A method's config seen with its decoder's sizes, for the blocks of the decoder.
-
-    A view and not a copy: the attention implementation that is set on the config later reaches the decoder too.
-    """
-
-    def __init__(self, config):
-        self.config = config
-        self.hidden_size = config.decoder_hidden_size
-        self.num_hidden_layers = config.decoder_num_hidden_layers
-        self.num_attention_heads = config.decoder_num_attention_heads
-        self.intermediate_size = config.decoder_intermediate_size
-        self.hidden_act = config.hidden_act
-        self.layer_norm_eps = config.layer_norm_eps
-        self.qkv_bias, self.key_bias = config.qkv_bias, config.key_bias
-        self.use_gated_mlp = False
-        self.attention_probs_dropout_prob = config.attention_probs_dropout_prob
-
-    @property
-    def _attn_implementation(self) -> str | None:
-        return self.config._attn_implementation
-
-
-class MaskedViTDecoder(nn.Module):
-    """
-    Predicts something for every token, hidden ones included, from the encoder's output.
-
-    Input map, mask tokens for what is to be predicted, positions, blocks, LayerNorm (if `config.decoder_final_norm`),
-    output map.
-    """
-
-    def __init__(self, config, output_size: int, drop_path_rate: float = 0.0):
-        super().__init__()
-        sizes = DecoderSizes(config)
-        self.num_cls = int(config.use_cls_token)
-        self.embed = nn.Linear(config.hidden_size, sizes.hidden_size)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, sizes.hidden_size))
-        add_position_table(self, config, sizes.hidden_size)
-        self.layers = build_layers(sizes, drop_path_rate)
-        final_norm = config.decoder_final_norm
-        self.layernorm = nn.LayerNorm(sizes.hidden_size, eps=config.layer_norm_eps) if final_norm else nn.Identity()
-        self.head = nn.Linear(sizes.hidden_size, output_size)
-
-    def forward(
-        self, hidden_states: torch.Tensor, ids_restore: torch.Tensor, ids_patch: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """
-        Args:
-            hidden_states (`torch.Tensor` of shape `(batch_size, num_cls + num_keep, hidden_size)`): The encoder's
-                output, without registers.
-            ids_restore (`torch.LongTensor` of shape `(batch_size, length)`): Which of the kept patches and, after
-                them, mask tokens stands at each place of the sequence; `Masking.ids_restore` for the whole grid.
-            ids_patch (`torch.LongTensor` of shape `(batch_size, length)`, *optional*): The patch, kept or to be
-                predicted, whose position that place has; the whole grid in row-major order if None.
-
-        Returns:
-            `torch.Tensor` of shape `(batch_size, num_cls + length, output_size)`, [CLS] first where there is one.
-        """
-        hidden_states = restore_order(self.embed(hidden_states), self.mask_token, ids_restore, self.num_cls)
-        positions = select_positions(self.position_embeddings, ids_patch, self.num_cls)
-        hidden_states = hidden_states + positions.to(hidden_states.dtype)
-        for layer in self.layers:
-            hidden_states = layer(hidden_states)
-        return self.head(self.layernorm(hidden_states))
-
-
-def add_position_table(module: nn.Module, config: MaskedViTConfig, dim: int) -> None:
-    """
-    Gives `module` its `position_embeddings` (1, num_cls + L, dim): a trained parameter, or the fixed table.
-
-    The fixed table is a buffer that is not saved: it follows from the config. [`MaskedViTPreTrainedModel`] writes it
-    again after loading, where it would otherwise hold uninitialised memory.
-    """
-    if config.position_embedding == "learned":
-        module.position_embeddings = nn.Parameter(torch.zeros(1, int(config.use_cls_token) + config.num_patches, dim))
-    else:
-        table = fixed_position_table(config, dim)
-        # Moved to the default device, which is "meta" while a model is being loaded.
-        module.register_buffer("position_embeddings", table.to(torch.get_default_device()), persistent=False)
 
 
 @torch.no_grad()
