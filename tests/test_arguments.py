@@ -13,8 +13,9 @@ from hf_mim.models.pilamim.modeling_pilamim import PiLaMIMModel
 from hf_mim.models.presets import PRESETS, preset_config
 from hf_mim.registry import METHODS
 from hf_mim.training.arguments import MIMTrainingArguments
-from hf_mim.training.building import build_config, describe_frozen, parse_overrides
+from hf_mim.training.building import build_config, describe_frozen
 from hf_mim.training.command import ModelArguments, parse_arguments
+from hf_mim.training.config_overrides import parse_overrides
 from hf_mim.training.errors import plain_message
 from hf_mim.training.losses import NonFiniteLossError
 from hf_mim.training.presets import preset_training

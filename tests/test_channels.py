@@ -11,8 +11,9 @@ from hf_mim.data.loading import resolve_mean_std
 from hf_mim.data.plain import open_images
 from hf_mim.models.vit.channels import with_channels
 from hf_mim.models.vit.encoders import encoder_from
-from hf_mim.training.building import build_config, build_model, describe_frozen, trained_normalization
+from hf_mim.training.building import build_config, build_model, describe_frozen
 from hf_mim.training.command import ModelArguments
+from hf_mim.training.weights import trained_normalization
 from tiny import scrambled, tiny_config, tiny_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 48}

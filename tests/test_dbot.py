@@ -22,8 +22,8 @@ import hf_mim
 from golden import Golden, block_grad_norms
 from hf_mim import DBOTConfig, DBOTForPreTraining
 from hf_mim.models.dbot.convert_dbot import original_config
-from hf_mim.training.building import build_classifier, build_classifier_config
 from hf_mim.training.command import ClassifierArguments
+from hf_mim.training.task_models import build_classifier, build_classifier_config
 from tiny import tiny_batch, tiny_config, tiny_model
 
 

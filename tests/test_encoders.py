@@ -11,8 +11,9 @@ import transformers
 import hf_mim
 from hf_mim.models.vit.frozen_sources import read_source
 from hf_mim.models.vit.modeling_vit import MaskedViTModel
-from hf_mim.training.building import build_config, build_model, trained_normalization
+from hf_mim.training.building import build_config, build_model
 from hf_mim.training.command import ModelArguments
+from hf_mim.training.weights import trained_normalization
 from tiny import scrambled, tiny_config, tiny_model
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}

@@ -7,8 +7,9 @@ from transformers import ViTConfig, ViTForImageClassification, ViTModel
 import hf_mim
 from hf_mim.models.vit.position import interpolate_position_table
 from hf_mim.registry import METHODS, method_class
-from hf_mim.training.building import build_classifier, build_classifier_config, build_config, build_model
+from hf_mim.training.building import build_config, build_model
 from hf_mim.training.command import ClassifierArguments, ModelArguments
+from hf_mim.training.task_models import build_classifier, build_classifier_config
 from tiny import tiny_batch, tiny_model
 
 NEW = (48, 64)

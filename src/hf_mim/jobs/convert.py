@@ -15,8 +15,8 @@ from ..hub.origin import is_restricted, restriction
 from ..hub.original import ENCODER_RELEASES, convert_checkpoint, name_some
 from ..models.vit.sizes import as_pair
 from ..registry import MODEL_TYPES, RECORDS, method_name
-from ..training.building import parse_overrides
 from ..training.command import name_words, parse_arguments, say
+from ..training.config_overrides import parse_overrides
 from ..training.errors import run_job
 
 

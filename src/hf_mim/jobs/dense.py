@@ -22,13 +22,14 @@ from ..hub.cards import CardContext
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
-from ..training.building import build_dense, build_dense_config, trained_normalization
 from ..training.callbacks import SaveOnInterrupt
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.command import ClassifierArguments, say
 from ..training.dense_trainers import DenseTrainer
 from ..training.run_lock import only_run_in
+from ..training.task_models import build_dense, build_dense_config
 from ..training.trainable import describe_trainable, set_trainable
+from ..training.weights import trained_normalization
 from .sharing import card_context, card_name
 
 _NUM_SHOWN = 8

@@ -23,7 +23,6 @@ from ..hub.export import stock_format
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
-from ..training.building import build_classifier, build_classifier_config, trained_normalization
 from ..training.callbacks import SaveOnInterrupt
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.command import ClassifierArguments, parse_arguments, say
@@ -31,7 +30,9 @@ from ..training.errors import run_job
 from ..training.finetuning_trainer import FineTuningTrainer
 from ..training.presets import FINE_TUNING_PRESETS
 from ..training.run_lock import only_run_in
+from ..training.task_models import build_classifier, build_classifier_config
 from ..training.trainable import add_lora, describe_trainable, set_trainable
+from ..training.weights import trained_normalization
 from .sharing import card_context, card_name
 
 

@@ -20,13 +20,7 @@ from ..hub.export import stock_format
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import MIMTrainingArguments
-from ..training.building import (
-    build_config,
-    build_model,
-    describe_frozen,
-    load_pretraining_model,
-    trained_normalization,
-)
+from ..training.building import build_config, build_model, describe_frozen, load_pretraining_model
 from ..training.callbacks import LogReconstructions, SaveOnInterrupt
 from ..training.command import ModelArguments, parse_arguments, say
 from ..training.datasets import HeldOutTransform
@@ -42,6 +36,7 @@ from ..training.stages import (
 )
 from ..training.trainable import add_encoder_lora, check_partial_pretraining, train_last_blocks
 from ..training.trainer import MIMTrainer
+from ..training.weights import trained_normalization
 from .pretraining_results import describe_stage, evaluate, write_results
 from .verdicts import appraise, images_before, reference_of
 
