@@ -7,7 +7,7 @@ Every method on the scenes, judged by what each pixel shows: frozen, and fine-tu
 A cell is (method, seed): `run_mim.py` with the preset tiny and the same number of pictures seen (TEC: as many again
 after its base, which is MAE's cell of the same seed; dBOT: in two stages), whose last lines are linear mIoU and depth
 of frozen patches; and `hf_mim segment` and `hf_mim detect` from its network. Rows go into `results/dense.csv` as they
-come; the same command goes on where it stopped.
+come; the same command goes on where it stopped. All numbers are in percent.
 """
 
 import argparse
@@ -26,7 +26,7 @@ RESULTS = results_table.REPOSITORY / "benchmarks" / "results" / "dense.csv"
 # The networks that are compared, and how many pictures a step has.
 METHODS = {"MAE": 16, "PiLaMIM": 16, "TEC (base: MAE)": 16, "OCL": 256, "dBOT (2 stages)": 16}
 UNTRAINED = comparison.UNTRAINED
-FROZEN = {"linear_miou": "linear mIoU, frozen", "depth_r2": "linear depth R2, frozen", "depth_rmse": "RMSE, frozen"}
+FROZEN = {"linear_miou": "linear mIoU, frozen", "depth_r2": "linear depth R2, frozen"}
 # Command of fine-tuning: the score in its results.json, and what it is called here.
 FINE_TUNED = {"segment": ("miou", "mIoU, fine-tuned"), "detect": ("box_map", "box mAP, fine-tuned")}
 
