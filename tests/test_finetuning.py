@@ -635,7 +635,7 @@ class TestBadInput:
             (["--num_channels=1"], "num_channels: 1 is asked for"),
             (["--config_overrides=hidden_size=8"], "for untrained networks"),
             (["--streaming", "--dataset_name=a", "--train_dir="], "leave --streaming out|streaming"),
-            (["--preset=bsae"], "preset is 'bsae'; expected one of tiny, small"),
+            (["--preset=bsae"], "preset is 'bsae'; expected one of tiny, mini, small"),
             (["--robustness_sets", "a=/x", "a=/y"], "a name twice: a=/x a=/y"),
         ],
     )
