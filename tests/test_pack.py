@@ -163,7 +163,7 @@ def test_pictures_that_cannot_be_read_make_no_data_set(tmp_path, capsys):
     (tmp_path / "in" / "a.png").write_bytes(b"no picture")
     assert packed_as(tmp_path / "in", tmp_path / "out") == 1
     assert "in holds no picture that can be read. The first: " in capsys.readouterr().err
-    assert not packed.is_packed(tmp_path / "out")
+    assert not (tmp_path / "out" / "index.json").exists()
 
 
 def test_pictures_that_would_lose_bits_are_refused(tmp_path, capsys):

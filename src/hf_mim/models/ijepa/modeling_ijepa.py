@@ -93,6 +93,9 @@ class IJepaModel(IJepaPreTrainedModel, MaskedViTModel):
 class IJepaForPreTraining(AveragedTeacherMixin, IJepaPreTrainedModel, MaskedViTForPreTraining):
     """Encoder, averaged target encoder and predictor (section 3 of the paper)."""
 
+    # Saved, as stock weights are, and still the fixed table, which is float32 in every method.
+    _keep_in_fp32_modules_strict = [*AveragedTeacherMixin._keep_in_fp32_modules_strict, "position_embeddings"]
+
     def __init__(self, config: IJepaConfig):
         config.check_pretraining()
         super().__init__(config)
