@@ -20,6 +20,8 @@ extras = {
     "docs": ["mkdocs-material>=9.7", "mkdocstrings[python]>=1.0"],
     # hf_mim export --format onnx.
     "export": ["onnx>=1.19", "onnxscript>=0.5.4", "onnxruntime>=1.22"],
+    # hf_mim detect: mean average precision, and COCO's masks.
+    "detection": ["torchmetrics>=1.6", "faster-coco-eval>=1.6.6"],
     # The page of examples/space.
     "space": ["gradio>=6.31,<7"],
     # Multiband pictures.

@@ -247,11 +247,11 @@ class TestRecipes:
 
     @pytest.mark.parametrize(
         "path",
-        # test_finetuning.py and test_segmentation_run.py read the others.
+        # test_finetuning.py, test_segmentation_run.py and test_detection.py read the others.
         [
             path
             for path in sorted((REPOSITORY / "examples" / "recipes").iterdir())
-            if not path.stem.startswith(("finetune", "segment"))
+            if not path.stem.startswith(("finetune", "segment", "detect"))
         ],
         ids=lambda path: path.stem,
     )

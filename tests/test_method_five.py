@@ -31,8 +31,8 @@ import torch
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 from hf_mim.models.vit.modeling_vit import (
-    MaskedViTBackbone, MaskedViTForDepthEstimation, MaskedViTForImageClassification, MaskedViTForSemanticSegmentation,
-    MaskedViTModel, with_encoder
+    MaskedViTBackbone, MaskedViTForDepthEstimation, MaskedViTForImageClassification, MaskedViTForObjectDetection,
+    MaskedViTForSemanticSegmentation, MaskedViTModel, with_encoder,
 )
 from hf_mim.models.vit.pretraining import MaskedViTForPreTraining
 from toys.toy.configuration_toy import ToyConfig
@@ -64,6 +64,7 @@ class ToyForImageClassification(MaskedViTForImageClassification):
     encoder_class = ToyModel
 
 ToyForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, ToyModel)
+ToyForObjectDetection = with_encoder(MaskedViTForObjectDetection, ToyModel)
 ToyForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, ToyModel)
 
 class ToyBackbone(MaskedViTBackbone):

@@ -9,6 +9,7 @@ from hf_mim.data.arguments import DataArguments
 from hf_mim.jobs.check import CheckArguments, _name_data
 from hf_mim.jobs.convert import ConvertArguments
 from hf_mim.jobs.depth import CLASSES as DEPTH_CLASSES
+from hf_mim.jobs.detection import CLASSES as DETECTION_CLASSES
 from hf_mim.jobs.embed import EmbedArguments
 from hf_mim.jobs.export import ExportArguments
 from hf_mim.jobs.finetuning import FineTuningArguments
@@ -19,7 +20,7 @@ from hf_mim.jobs.representation_report import ReportArguments
 from hf_mim.jobs.segmentation import CLASSES as SEGMENTATION_CLASSES
 from hf_mim.training.arguments import MIMTrainingArguments
 from hf_mim.training.command import ClassifierArguments, ModelArguments, _Parser, name_words, parse_arguments
-from hf_mim.training.presets import DEPTH_PRESETS, FINE_TUNING_PRESETS, SEGMENTATION_PRESETS
+from hf_mim.training.presets import DEPTH_PRESETS, DETECTION_PRESETS, FINE_TUNING_PRESETS, SEGMENTATION_PRESETS
 from tiny_training import REPOSITORY
 
 # What each script reads, and its presets.
@@ -28,16 +29,20 @@ SCRIPTS = {
     "run_image_classification": ((ClassifierArguments, DataArguments, FineTuningArguments), FINE_TUNING_PRESETS),
     "run_semantic_segmentation": (SEGMENTATION_CLASSES, SEGMENTATION_PRESETS),
     "run_depth_estimation": (DEPTH_CLASSES, DEPTH_PRESETS),
+    "run_object_detection": (DETECTION_CLASSES, DETECTION_PRESETS),
     "run_linear_probe": ((ProbeArguments, DataArguments), PROBE_PRESETS),
     "run_representation_report": ((ReportArguments, DataArguments), {}),
 }
-SUBCOMMANDS = dict(zip(("pretrain", "finetune", "segment", "depth", "probe", "report"), SCRIPTS.values(), strict=True))
+SUBCOMMANDS = dict(
+    zip(("pretrain", "finetune", "segment", "depth", "detect", "probe", "report"), SCRIPTS.values(), strict=True)
+)
 # Flags without which nothing is read, for those that are printed alone.
 NEEDED = {
     "run_mim": [],
     "run_image_classification": [],
     "run_semantic_segmentation": [],
     "run_depth_estimation": [],
+    "run_object_detection": [],
     "run_linear_probe": ["--model_name_or_path=x"],
     "run_representation_report": ["--model_names_or_paths=x"],
 }

@@ -16,6 +16,7 @@ SUFFIXES = (
     "ForImageClassification",
     "ForSemanticSegmentation",
     "ForDepthEstimation",
+    "ForObjectDetection",
     "Backbone",
 )
 
@@ -83,6 +84,7 @@ def test_mappings_give_the_real_classes(model_type):
         ("AutoModelForImageClassification", "ForImageClassification"),
         ("AutoModelForSemanticSegmentation", "ForSemanticSegmentation"),
         ("AutoModelForDepthEstimation", "ForDepthEstimation"),
+        ("AutoModelForObjectDetection", "ForObjectDetection"),
         ("AutoBackbone", "Backbone"),
     ):
         mapping, config_class = getattr(transformers, auto)._model_mapping, method_class(model_type, "Config")

@@ -283,7 +283,23 @@ def _maskformer(backbone_config):
     return transformers.MaskFormerForInstanceSegmentation(config)
 
 
-@pytest.mark.parametrize("build", [_upernet, _mask2former, _maskformer])
+def _deformable_detr(backbone_config):
+    config = transformers.DeformableDetrConfig(
+        backbone_config=backbone_config,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        num_queries=5,
+        num_labels=4,
+    )
+    return transformers.DeformableDetrForObjectDetection(config)
+
+
+@pytest.mark.parametrize("build", [_upernet, _mask2former, _maskformer, _deformable_detr])
 def test_a_step_of_transformers_own_heads_at_another_size(build, tmp_path):
     torch.manual_seed(0)
     model = build(tiny_config("pilamim", **RGB, num_hidden_layers=4, out_indices=[1, 2, 3, 4])).train()
@@ -297,6 +313,10 @@ def test_a_step_of_transformers_own_heads_at_another_size(build, tmp_path):
             "mask_labels": [(one == classes[:, None, None]).float() for one in labels],
             "class_labels": [classes for _ in labels],
         }
+    if build is _deformable_detr:
+        output = "pred_boxes"
+        boxes = torch.tensor([[0.5, 0.5, 0.4, 0.2], [0.3, 0.6, 0.2, 0.2]])
+        targets = {"labels": [{"class_labels": torch.tensor([1, 3]), "boxes": boxes} for _ in labels]}
     (encoder,) = (module for module in model.modules() if type(module) is hf_mim.PiLaMIMModel)
     before = encoder.layers[0].mlp.fc1.weight.detach().clone()
     loss = model(pixel_values=pixel_values, **targets).loss

@@ -39,7 +39,15 @@ _IN_MODULES = {
 _SUFFIXES = dict.fromkeys(METHODS, ("Config", *_AUTO_CLASSES.values()))
 _SUFFIXES |= dict.fromkeys(
     ENCODER,
-    ("Config", "Model", "ForImageClassification", "ForSemanticSegmentation", "ForDepthEstimation", "Backbone"),
+    (
+        "Config",
+        "Model",
+        "ForImageClassification",
+        "ForSemanticSegmentation",
+        "ForDepthEstimation",
+        "ForObjectDetection",
+        "Backbone",
+    ),
 )
 _SUFFIXES |= dict.fromkeys(BASELINES, ("Config", "ForPreTraining"))
 _CLASSES = {
@@ -72,6 +80,7 @@ if TYPE_CHECKING:
     from .models.dbot.modeling_dbot import DBOTBackbone as DBOTBackbone
     from .models.dbot.modeling_dbot import DBOTForDepthEstimation as DBOTForDepthEstimation
     from .models.dbot.modeling_dbot import DBOTForImageClassification as DBOTForImageClassification
+    from .models.dbot.modeling_dbot import DBOTForObjectDetection as DBOTForObjectDetection
     from .models.dbot.modeling_dbot import DBOTForPreTraining as DBOTForPreTraining
     from .models.dbot.modeling_dbot import DBOTForSemanticSegmentation as DBOTForSemanticSegmentation
     from .models.dbot.modeling_dbot import DBOTModel as DBOTModel
@@ -81,6 +90,7 @@ if TYPE_CHECKING:
     from .models.ocl.modeling_ocl import OCLBackbone as OCLBackbone
     from .models.ocl.modeling_ocl import OCLForDepthEstimation as OCLForDepthEstimation
     from .models.ocl.modeling_ocl import OCLForImageClassification as OCLForImageClassification
+    from .models.ocl.modeling_ocl import OCLForObjectDetection as OCLForObjectDetection
     from .models.ocl.modeling_ocl import OCLForPreTraining as OCLForPreTraining
     from .models.ocl.modeling_ocl import OCLForSemanticSegmentation as OCLForSemanticSegmentation
     from .models.ocl.modeling_ocl import OCLModel as OCLModel
@@ -88,6 +98,7 @@ if TYPE_CHECKING:
     from .models.pilamim.modeling_pilamim import PiLaMIMBackbone as PiLaMIMBackbone
     from .models.pilamim.modeling_pilamim import PiLaMIMForDepthEstimation as PiLaMIMForDepthEstimation
     from .models.pilamim.modeling_pilamim import PiLaMIMForImageClassification as PiLaMIMForImageClassification
+    from .models.pilamim.modeling_pilamim import PiLaMIMForObjectDetection as PiLaMIMForObjectDetection
     from .models.pilamim.modeling_pilamim import PiLaMIMForPreTraining as PiLaMIMForPreTraining
     from .models.pilamim.modeling_pilamim import PiLaMIMForSemanticSegmentation as PiLaMIMForSemanticSegmentation
     from .models.pilamim.modeling_pilamim import PiLaMIMModel as PiLaMIMModel
@@ -95,6 +106,7 @@ if TYPE_CHECKING:
     from .models.tec.modeling_tec import TECBackbone as TECBackbone
     from .models.tec.modeling_tec import TECForDepthEstimation as TECForDepthEstimation
     from .models.tec.modeling_tec import TECForImageClassification as TECForImageClassification
+    from .models.tec.modeling_tec import TECForObjectDetection as TECForObjectDetection
     from .models.tec.modeling_tec import TECForPreTraining as TECForPreTraining
     from .models.tec.modeling_tec import TECForSemanticSegmentation as TECForSemanticSegmentation
     from .models.tec.modeling_tec import TECModel as TECModel
@@ -103,6 +115,7 @@ if TYPE_CHECKING:
     from .models.vit.modeling_vit import MaskedViTBackbone as MaskedViTBackbone
     from .models.vit.modeling_vit import MaskedViTForDepthEstimation as MaskedViTForDepthEstimation
     from .models.vit.modeling_vit import MaskedViTForImageClassification as MaskedViTForImageClassification
+    from .models.vit.modeling_vit import MaskedViTForObjectDetection as MaskedViTForObjectDetection
     from .models.vit.modeling_vit import MaskedViTForSemanticSegmentation as MaskedViTForSemanticSegmentation
     from .models.vit.modeling_vit import MaskedViTModel as MaskedViTModel
     from .models.vit_mae.configuration_vit_mae import ViTMAEConfig as ViTMAEConfig

@@ -13,6 +13,7 @@ COMMANDS = {
     "finetune": ("hf_mim.jobs.finetuning", "fine-tune a classifier"),
     "segment": ("hf_mim.jobs.segmentation", "fine-tune a segmenter"),
     "depth": ("hf_mim.jobs.depth", "fine-tune an estimator of depth"),
+    "detect": ("hf_mim.jobs.detection", "fine-tune a detector: boxes and masks of objects"),
     "report": ("hf_mim.jobs.representation_report", "k-NN, probes, RankMe and pictures of one or several models"),
     "embed": ("hf_mim.jobs.embed", "features of images as a table, and pages of nearest neighbours"),
     "export": ("hf_mim.jobs.export", "write an encoder or classifier for other software: ViT, timm, ONNX, ..."),

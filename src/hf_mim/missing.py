@@ -4,6 +4,7 @@
 _INSTALLED_AS = {
     "datasets": "datasets",
     "evaluate": "evaluate",
+    "faster_coco_eval": "faster-coco-eval",
     "imagecodecs": "imagecodecs",
     "matplotlib": "matplotlib",
     "onnx": "onnx",
@@ -15,6 +16,7 @@ _INSTALLED_AS = {
     "sklearn": "scikit-learn",
     "tifffile": "tifffile",
     "timm": "timm",
+    "torchmetrics": "torchmetrics",
     "accelerate": "accelerate",
 }
 

@@ -49,6 +49,7 @@ _AUTO_CLASSES = {
     "AutoModelForImageClassification": "ForImageClassification",
     "AutoModelForSemanticSegmentation": "ForSemanticSegmentation",
     "AutoModelForDepthEstimation": "ForDepthEstimation",
+    "AutoModelForObjectDetection": "ForObjectDetection",
     "AutoBackbone": "Backbone",
 }
 _OF_BASELINES = ("Config", "Model", "ForPreTraining")
@@ -79,8 +80,8 @@ def method_module(model_type: str, kind: str):
 def method_class(model_type: str, suffix: str) -> type:
     """
     A method's class, by the suffix "Config", "Model", "ForPreTraining", "ForImageClassification",
-    "ForSemanticSegmentation", "ForDepthEstimation" or "Backbone"; a baseline has the first three, the encoder without
-    a method all but "ForPreTraining".
+    "ForSemanticSegmentation", "ForDepthEstimation", "ForObjectDetection" or "Backbone"; a baseline has the first
+    three, the encoder without a method all but "ForPreTraining".
 
     Raises:
         ValueError: If there is no such method or class.

@@ -30,6 +30,10 @@ class MIMImageProcessor(TorchvisionBackend):
     It takes what `read_image` takes (arrays, tensors, PIL images, paths, bytes), one or a list, or an array or a
     tensor of four dimensions as a batch, and follows its rule: integers become 0 to 1 (`do_rescale`), floats stay as
     they are.
+
+    With `do_pad` a picture is padded with zeros, on the right and below, to `pad_size`, after it was normalised, and
+    `pixel_mask` (height, width) is 1 where the picture is: for detectors, with a `size` of `max_height` and
+    `max_width`, into which it is fitted in its proportions.
     """
 
     valid_kwargs = MIMImageProcessorKwargs
@@ -43,6 +47,7 @@ class MIMImageProcessor(TorchvisionBackend):
     do_center_crop = False
     do_rescale = True
     do_normalize = True
+    do_pad = False
 
     def _preprocess_image_like_inputs(self, images, **kwargs) -> BatchFeature:
         return self._preprocess(_as_list(images), **kwargs)
@@ -62,6 +67,8 @@ class MIMImageProcessor(TorchvisionBackend):
         do_normalize,
         image_mean,
         image_std,
+        do_pad=False,
+        pad_size=None,
         return_tensors=None,
         device=None,
         **kwargs,
@@ -80,7 +87,10 @@ class MIMImageProcessor(TorchvisionBackend):
             if do_normalize:
                 picture = F.normalize(picture, list(image_mean), list(image_std))
             pixel_values.append(picture)
-        return BatchFeature({"pixel_values": pixel_values}, tensor_type=return_tensors)
+        features = {"pixel_values": pixel_values}
+        if do_pad:
+            features["pixel_values"], features["pixel_mask"] = self.pad(pixel_values, pad_size, return_mask=True)
+        return BatchFeature(features, tensor_type=return_tensors)
 
     def post_process_semantic_segmentation(
         self, outputs, target_sizes: Sequence[tuple[int, int]] | None = None
@@ -142,6 +152,66 @@ def _interpolated(maps: torch.Tensor, size) -> torch.Tensor:
     """Maps (channels, rows, columns) at that (height, width)."""
     size = tuple(int(side) for side in size)
     return torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    def post_process_object_detection(
+        self, outputs, threshold: float = 0.5, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """
+        The objects of each picture that a detector is sure enough of, the likeliest first.
+
+        Args:
+            outputs: Of `XForObjectDetection`, in evaluation mode: with `detections`.
+            threshold (`float`, defaults to 0.5): The score, 0 to 1, that is not enough.
+            target_sizes (sequence of (height, width), *optional*): Of the pictures.
+
+        Returns:
+            For each picture `scores` (n,), `labels` (n,) and `boxes` (n, 4): x0, y0, x1, y1 in pixels of the picture;
+            without `target_sizes` as shares of its width and height.
+
+        Raises:
+            ValueError: If there are not as many sizes as pictures.
+        """
+        found = _likely(outputs, threshold, target_sizes)
+        return [{name: one[name] for name in ("scores", "labels", "boxes")} for one in found]
+
+    def post_process_instance_segmentation(
+        self, outputs, threshold: float = 0.5, target_sizes: Sequence[tuple[int, int]] | None = None
+    ) -> list[dict[str, torch.Tensor]]:
+        """
+        As `post_process_object_detection`, with `masks`, bool of shape (n, height, width) of the picture.
+
+        Args:
+            target_sizes (sequence of (height, width)): Needed here: of the pictures.
+
+        Raises:
+            ValueError: If there are not as many sizes as pictures, or the detector tells no masks.
+        """
+        from torchvision.models.detection.roi_heads import paste_masks_in_image
+
+        if target_sizes is None:
+            raise ValueError("Masks are of a picture's pixels: give target_sizes, its (height, width).")
+        found = _likely(outputs, threshold, target_sizes)
+        for one, size in zip(found, target_sizes, strict=True):
+            if "masks" not in one:
+                raise ValueError("This detector tells no masks (config.detection_masks is False).")
+            size = tuple(int(side) for side in size)
+            one["masks"] = paste_masks_in_image(one["masks"][:, None], one["boxes"], size)[:, 0] > 0.5
+        return found
+
+
+def _likely(outputs, threshold: float, target_sizes) -> list[dict[str, torch.Tensor]]:
+    """The detections above the threshold, their boxes in pixels where sizes are given."""
+    detections = outputs["detections"]
+    if target_sizes is not None and len(target_sizes) != len(detections):
+        raise ValueError(f"{len(target_sizes)} target_sizes for {len(detections)} pictures; expected one for each.")
+    likely = []
+    for number, one in enumerate(detections):
+        one = {name: values[one["scores"] > threshold] for name, values in one.items()}
+        if target_sizes is not None:
+            height, width = (int(side) for side in target_sizes[number])
+            one["boxes"] = one["boxes"] * one["boxes"].new_tensor([width, height, width, height])
+        likely.append(one)
+    return likely
 
 
 def _as_list(images) -> list:

@@ -438,3 +438,49 @@ def write_depth_card(
     }
     fields = {"pipeline": "depth-estimation", "title": "An estimator of depth", "tables": tables}
     return _write_dense_card(folder, name, config, training, results, context, metrics, **fields)
+
+
+_PRECISIONS = {
+    "map": "IoU 0.5 to 0.95",
+    "map_50": "IoU 0.5",
+    "map_75": "IoU 0.75",
+    "map_small": "small",
+    "map_medium": "medium",
+    "map_large": "large",
+}
+
+
+def write_detector_card(
+    folder: str | Path,
+    name: str,
+    config,
+    training: dict[str, str],
+    results: dict,
+    context: CardContext | None = None,
+) -> Path:
+    """As `write_card`, of a detector; `results` has its scores, `box_ap` and `mask_ap` by class, and `num_test`."""
+    kinds = {"box": "boxes", "mask": "masks"} if config.detection_masks else {"box": "boxes"}
+
+    def row(first: str, values) -> str:
+        numbers = ("" if value is None else f"{value:.2f}" for value in values)
+        return f"| {' | '.join((first, *numbers))} |"
+
+    lines = [
+        "Mean average precision in %:\n",
+        f"| | {' | '.join(_PRECISIONS.values())} |",
+        "|---" * (1 + len(_PRECISIONS)) + "|",
+        *(row(what, [results[f"{kind}_{score}"] for score in _PRECISIONS]) for kind, what in kinds.items()),
+        "",
+        f"| class | {' | '.join(kinds.values())} |",
+        "|---" * (1 + len(kinds)) + "|",
+        *(row(one, [results[f"{kind}_ap"][one] for kind in kinds]) for one in results["box_ap"]),
+    ]
+    title = f"A detector of {config.num_labels} classes ({'Mask' if config.detection_masks else 'Faster'} R-CNN)"
+    metrics = {
+        f"{kind}_{score}": (f"{kind}_{score}", f"mean average precision of {what}, {_PRECISIONS[score]}, in %")
+        for kind, what in kinds.items()
+        for score in ("map", "map_50")
+        if results[f"{kind}_{score}"] is not None
+    }
+    fields = {"pipeline": "object-detection", "title": title, "tables": "\n".join(lines)}
+    return _write_dense_card(folder, name, config, training, results, context, metrics, **fields)

@@ -241,6 +241,8 @@ _TITLES = {
     "FineTuningArguments": "Training and evaluation",
     "SegmentationArguments": "Training and evaluation",
     "DepthArguments": "Training and evaluation",
+    "ObjectArguments": "The objects",
+    "DetectionArguments": "Training and evaluation",
     "ProbeArguments": "The probe",
     "ReportArguments": "The report",
     "ReplayArguments": "The replay",

@@ -115,6 +115,39 @@ DEPTH_PRESETS = dict.fromkeys(("tiny", "mini"), _TINY_DEPTH) | dict.fromkeys(
     ("small", "base", "large", "huge"), _DEPTH
 )
 
+# Detection, as ViTDet fine-tunes on COCO: 64 pictures of 1024 pixels a step, for 100 epochs (its warm-up of 250 steps
+# is an eighth of one).
+_DETECTION = {
+    "num_train_epochs": 100,
+    "warmup_epochs": 0.13,
+    "per_device_train_batch_size": 8,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+# Minutes on a CPU, for the embedded scenes.
+_TINY_DETECTION = {
+    "num_train_epochs": 5,
+    "warmup_epochs": 0.5,
+    "per_device_train_batch_size": 16,
+    "base_learning_rate": 8e-3,
+    "layer_decay": 0.75,
+    "drop_path_rate": 0.0,
+    "scale_jitter": [0.8, 1.25],
+    "detection_head_size": 32,
+    "detection_anchor_size": 4.0,
+    "detection_regions": 64,
+    "max_grad_norm": 1.0,
+    "logging_steps": 25,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+}
+DETECTION_PRESETS = dict.fromkeys(("tiny", "mini"), _TINY_DETECTION) | {
+    "small": _DETECTION,
+    "base": _DETECTION,
+    "large": _DETECTION | {"layer_decay": 0.8, "drop_path_rate": 0.4},
+    "huge": _DETECTION | {"layer_decay": 0.9, "drop_path_rate": 0.5},
+}
+
 
 def preset_training(preset: str, model_type: str, scenes: bool = False) -> dict:
     """The flags that a preset sets for a method; `scenes`: for an untrained network on the embedded scenes."""

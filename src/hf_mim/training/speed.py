@@ -178,9 +178,12 @@ def training_operations(model: nn.Module, batch_size: int) -> float | None:
         batch_size (`int`): Pictures at a time, which a contrastive loss depends on.
 
     Returns:
-        `float`: None of a model that is not transformers', or whose config has no `image_size`.
+        `float`: None of a model that is not transformers', whose config has no `image_size`, or whose work depends on
+            what it sees (`work_depends_on_data`).
     """
     if not isinstance(model, PreTrainedModel) or getattr(model.config, "image_size", None) is None:
+        return None
+    if getattr(model, "work_depends_on_data", False):
         return None
     trained = tuple((name, parameter.requires_grad) for name, parameter in model.named_parameters())
     same = (type(model), model.config.to_json_string(), trained, batch_size)

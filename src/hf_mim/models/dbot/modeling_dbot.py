@@ -15,6 +15,7 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
+    MaskedViTForObjectDetection,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     refuse_unknown,
@@ -139,6 +140,7 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
 
 DBOTForImageClassification = with_encoder(MaskedViTForImageClassification, DBOTModel)
 DBOTForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, DBOTModel)
+DBOTForObjectDetection = with_encoder(MaskedViTForObjectDetection, DBOTModel)
 DBOTForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, DBOTModel)
 DBOTBackbone = with_encoder(MaskedViTBackbone, DBOTModel)
 
@@ -147,6 +149,7 @@ __all__ = [
     "DBOTForDepthEstimation",
     "DBOTForImageClassification",
     "DBOTForPreTraining",
+    "DBOTForObjectDetection",
     "DBOTForSemanticSegmentation",
     "DBOTModel",
 ]

@@ -16,6 +16,7 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
+    MaskedViTForObjectDetection,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     refuse_unknown,
@@ -349,6 +350,7 @@ class _Gather(torch.autograd.Function):
 
 OCLForImageClassification = with_encoder(MaskedViTForImageClassification, OCLModel)
 OCLForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, OCLModel)
+OCLForObjectDetection = with_encoder(MaskedViTForObjectDetection, OCLModel)
 OCLForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, OCLModel)
 OCLBackbone = with_encoder(MaskedViTBackbone, OCLModel)
 
@@ -357,6 +359,7 @@ __all__ = [
     "OCLForDepthEstimation",
     "OCLForImageClassification",
     "OCLForPreTraining",
+    "OCLForObjectDetection",
     "OCLForSemanticSegmentation",
     "OCLModel",
 ]

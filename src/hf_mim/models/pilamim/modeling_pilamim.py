@@ -13,6 +13,7 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
+    MaskedViTForObjectDetection,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     refuse_unknown,
@@ -157,6 +158,7 @@ class PiLaMIMForPreTraining(AveragedTeacherMixin, MaskedViTForPreTraining):
 
 PiLaMIMForImageClassification = with_encoder(MaskedViTForImageClassification, PiLaMIMModel)
 PiLaMIMForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, PiLaMIMModel)
+PiLaMIMForObjectDetection = with_encoder(MaskedViTForObjectDetection, PiLaMIMModel)
 PiLaMIMForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, PiLaMIMModel)
 PiLaMIMBackbone = with_encoder(MaskedViTBackbone, PiLaMIMModel)
 
@@ -165,6 +167,7 @@ __all__ = [
     "PiLaMIMForDepthEstimation",
     "PiLaMIMForImageClassification",
     "PiLaMIMForPreTraining",
+    "PiLaMIMForObjectDetection",
     "PiLaMIMForSemanticSegmentation",
     "PiLaMIMModel",
 ]

@@ -19,6 +19,7 @@ from ..vit.modeling_vit import (
     MaskedViTBackbone,
     MaskedViTForDepthEstimation,
     MaskedViTForImageClassification,
+    MaskedViTForObjectDetection,
     MaskedViTForSemanticSegmentation,
     MaskedViTModel,
     pool,
@@ -371,6 +372,7 @@ class TECForImageClassification(MaskedViTForImageClassification):
 
 
 TECForDepthEstimation = with_encoder(MaskedViTForDepthEstimation, TECModel)
+TECForObjectDetection = with_encoder(MaskedViTForObjectDetection, TECModel)
 TECForSemanticSegmentation = with_encoder(MaskedViTForSemanticSegmentation, TECModel)
 TECBackbone = with_encoder(MaskedViTBackbone, TECModel)
 
@@ -379,6 +381,7 @@ __all__ = [
     "TECForDepthEstimation",
     "TECForImageClassification",
     "TECForPreTraining",
+    "TECForObjectDetection",
     "TECForSemanticSegmentation",
     "TECModel",
 ]

@@ -69,6 +69,13 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
             usual one, in the unit of the depths.
         scale_invariance (`float`, defaults to 0.5): Of the loss of depths, 0 to 1: how little a factor that all of a
             picture's are wrong by counts.
+        detection_masks (`bool`, defaults to True): Whether a detector tells the masks of objects too: Mask R-CNN, and
+            not Faster R-CNN.
+        detection_head_size (`int`, defaults to 256): Channels of a detector's pyramid and heads.
+        detection_anchor_size (`float`, defaults to 8): Side of a detector's square anchors, in pixels of the pyramid's
+            maps: with patches of 16 pixels 32 to 512.
+        detection_regions (`int`, defaults to 512): Regions of each picture that a detector's box head learns from, of
+            at most four times as many proposals.
 
     Raises:
         ValueError: If sizes do not fit each other, naming the values.
@@ -111,6 +118,10 @@ class MaskedViTConfig(FromPreset, BackboneConfigMixin, PreTrainedConfig):
     depth_head_size: int = 256
     log_depth_mean: float | int = 0.0
     scale_invariance: float | int = 0.5
+    detection_masks: bool = True
+    detection_head_size: int = 256
+    detection_anchor_size: float | int = 8.0
+    detection_regions: int = 512
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 

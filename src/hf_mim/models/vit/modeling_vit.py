@@ -30,6 +30,7 @@ from transformers.utils.generic import can_return_tuple
 from .alignment import AlignedLoading
 from .configuration_vit import MaskedViTConfig
 from .depth import build_depth_head, scale_invariant_log_loss
+from .detection import DetectionHead, ObjectDetectionOutput, detection_targets, picture_sizes
 from .embeddings import MaskedViTEmbeddings
 from .layers import build_layers
 from .pixels import PixelRenormalization
@@ -44,7 +45,7 @@ logger = logging.get_logger(__name__)
 _Model = TypeVar("_Model", bound=PreTrainedModel)
 
 # The heads that a checkpoint may hold besides an encoder; not worth a warning when that alone is loaded.
-HEADS = [r"^classifier\.", r"^segmentation_head\.", r"^depth_head\."]
+HEADS = [r"^classifier\.", r"^segmentation_head\.", r"^depth_head\.", r"^detection_head\."]
 
 
 @torch.no_grad()
@@ -369,7 +370,7 @@ class MaskedViTForImageClassification(MaskedViTWithHead):
 
 
 class MaskedViTForDensePrediction(MaskedViTWithHead):
-    """An encoder and a head that tells something of each pixel."""
+    """An encoder and a head that tells what is where."""
 
     def trainable_modes(self) -> tuple[str, ...]:
         """What may be trained besides everything."""
@@ -507,6 +508,71 @@ class MaskedViTForDepthEstimation(MaskedViTForDensePrediction):
             hidden_states=outputs.hidden_states if output_hidden_states else None,
             attentions=outputs.attentions,
         )
+
+
+class MaskedViTForObjectDetection(MaskedViTForDensePrediction):
+    """
+    An encoder, and on the patches of its last block after the final LayerNorm torchvision's Mask R-CNN with ViTDet's
+    simple feature pyramid; without `config.detection_masks` Faster R-CNN.
+
+    Loaded from a pretraining checkpoint it starts without that run's stochastic depth: `config.drop_path_rate` is 0
+    unless another is asked for.
+    """
+
+    # How many regions there are: operations cannot be counted on shapes alone.
+    work_depends_on_data = True
+
+    def __init__(self, config: MaskedViTConfig):
+        super().__init__(config)
+        self.encoder = self.encoder_class(config)
+        self.detection_head = DetectionHead(config)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if hasattr(module, "initial_std"):
+            init.normal_(module.weight, std=module.initial_std)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        labels: list[dict[str, torch.Tensor]] | None = None,
+        interpolate_pos_encoding: bool = True,
+        **kwargs,
+    ) -> ObjectDetectionOutput:
+        """
+        Args:
+            pixel_values (`torch.Tensor` of shape `(batch_size, num_channels, height, width)`): Normalised pictures,
+                of any size that the patches divide.
+            pixel_mask (`torch.LongTensor` of shape `(batch_size, height, width)`, *optional*): 1 where the picture
+                is, from the upper left corner, 0 where it was padded; no padding if None.
+            labels (`list[dict]`): The objects of each picture, as transformers' detectors take them: `class_labels`
+                (n,), from 0; `boxes` (n, 4), centre x, centre y, width and height as shares of the picture's; with
+                `config.detection_masks` also `masks` (n, height, width), 1 where the object is. In training mode they
+                are needed, and in evaluation mode nothing is computed of them: proposals are then not drawn by chance.
+            interpolate_pos_encoding (`bool`, defaults to True): False refuses other sizes than `config.image_size`.
+
+        Returns:
+            `ObjectDetectionOutput`: in training mode `loss` and its parts; in evaluation mode `detections`, which the
+            image processor's `post_process_object_detection` and `post_process_instance_segmentation` read.
+
+        Raises:
+            ValueError: If the sizes do not fit, or labels are missing in training mode.
+            TypeError: If there is no such argument.
+        """
+        refuse_unknown(self, kwargs)
+        if self.training and labels is None:
+            raise ValueError("In training mode a detector needs labels; for what it finds, call model.eval() first.")
+        outputs = self.encoder(
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True, **kwargs
+        )
+        sizes = picture_sizes(pixel_values, pixel_mask)
+        targets = detection_targets(labels, sizes, self.config.detection_masks) if self.training else None
+        features = _as_map(outputs.last_hidden_state, pixel_values, self.config)
+        return self.detection_head(features, pixel_values, sizes, targets)
 
 
 def _as_map(tokens: torch.Tensor, pixel_values: torch.Tensor, config: MaskedViTConfig) -> torch.Tensor:
