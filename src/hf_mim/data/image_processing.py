@@ -142,17 +142,6 @@ class MIMImageProcessor(TorchvisionBackend):
             for one, size in zip(depths, target_sizes, strict=True)
         ]
 
-
-def _check_sizes(target_sizes, number: int) -> None:
-    if len(target_sizes) != number:
-        raise ValueError(f"{len(target_sizes)} target_sizes for {number} pictures; expected one for each.")
-
-
-def _interpolated(maps: torch.Tensor, size) -> torch.Tensor:
-    """Maps (channels, rows, columns) at that (height, width)."""
-    size = tuple(int(side) for side in size)
-    return torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
-
     def post_process_object_detection(
         self, outputs, threshold: float = 0.5, target_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[dict[str, torch.Tensor]]:
@@ -199,11 +188,21 @@ def _interpolated(maps: torch.Tensor, size) -> torch.Tensor:
         return found
 
 
+def _check_sizes(target_sizes, number: int) -> None:
+    if len(target_sizes) != number:
+        raise ValueError(f"{len(target_sizes)} target_sizes for {number} pictures; expected one for each.")
+
+
+def _interpolated(maps: torch.Tensor, size) -> torch.Tensor:
+    """Maps (channels, rows, columns) at that (height, width)."""
+    size = tuple(int(side) for side in size)
+    return torch.nn.functional.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
 def _likely(outputs, threshold: float, target_sizes) -> list[dict[str, torch.Tensor]]:
     """The detections above the threshold, their boxes in pixels where sizes are given."""
     detections = outputs["detections"]
-    if target_sizes is not None and len(target_sizes) != len(detections):
-        raise ValueError(f"{len(target_sizes)} target_sizes for {len(detections)} pictures; expected one for each.")
+    _check_sizes(target_sizes, len(detections))
     likely = []
     for number, one in enumerate(detections):
         one = {name: values[one["scores"] > threshold] for name, values in one.items()}
