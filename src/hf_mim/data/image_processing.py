@@ -202,7 +202,8 @@ def _interpolated(maps: torch.Tensor, size) -> torch.Tensor:
 def _likely(outputs, threshold: float, target_sizes) -> list[dict[str, torch.Tensor]]:
     """The detections above the threshold, their boxes in pixels where sizes are given."""
     detections = outputs["detections"]
-    _check_sizes(target_sizes, len(detections))
+    if target_sizes is not None:
+        _check_sizes(target_sizes, len(detections))
     likely = []
     for number, one in enumerate(detections):
         one = {name: values[one["scores"] > threshold] for name, values in one.items()}
