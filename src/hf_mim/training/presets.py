@@ -126,7 +126,7 @@ _DETECTION = {
 }
 # Minutes on a CPU, for the embedded scenes.
 _TINY_DETECTION = {
-    "num_train_epochs": 5,
+    "num_train_epochs": 3,
     "warmup_epochs": 0.5,
     "per_device_train_batch_size": 16,
     "base_learning_rate": 8e-3,
