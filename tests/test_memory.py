@@ -66,6 +66,7 @@ import resource, sys
 import torch
 import hf_mim
 from hf_mim.models.presets import preset_config
+from hf_mim.models.vit.sizes import as_pair
 from hf_mim.registry import method_class
 method, precision = sys.argv[1:]
 config = method_class(method, "Config")(**preset_config(method, "small", None))
@@ -78,7 +79,7 @@ def train(config, batch):
     model = method_class(method, "ForPreTraining")(config).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     for _ in range(2):
-        pixel_values = torch.randn(batch, 3, *config.image_size)
+        pixel_values = torch.randn(batch, 3, *as_pair(config.image_size))
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             loss = model(pixel_values, noise=torch.rand(batch, config.num_patches)).loss
         loss.backward()

@@ -179,7 +179,7 @@ def test_killed_on_one_two_and_one_processes(tmp_path):
     folder = str(tmp_path / "killed")
     assert run([str(script), folder, "3", "2"]).returncode == -signal.SIGKILL
     assert run(torchrun(str(script), folder, "7", "1")).returncode != 0
-    assert sorted(os.listdir(folder))[0] == "checkpoint-4"
+    assert {"checkpoint-4", "checkpoint-6"} <= set(os.listdir(folder))
     result = run([str(script), folder, "0", "3"])
     assert result.returncode == 0, result.stderr
     whole, pieces = losses(tmp_path / "whole"), losses(folder)
