@@ -338,7 +338,7 @@ def data(args) -> dict:
 
 # --- whole commands
 
-# Tells when each step of a command ended, in seconds since the process was started.
+# Tells when each step of a command ended: seconds since the process was started, and of the processor.
 RUNNER = """
 import sys, time
 from transformers import TrainerCallback
@@ -346,7 +346,7 @@ from hf_mim.jobs import pretraining
 began, ended = float(sys.argv[1]), []
 class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
-        ended.append(time.time() - began)
+        ended.append((time.time() - began, time.process_time()))
 class Timed(pretraining.MIMTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -355,18 +355,19 @@ pretraining.MIMTrainer = Timed
 pretraining.write_results = lambda *args: None
 pretraining.evaluate = lambda *args, **kwargs: None
 status = pretraining.main(sys.argv[2:])
-print("ENDED", *ended)
+print("ENDED", *(number for pair in ended for number in pair))
 sys.exit(status)
 """
 
 
-def steps_ended(flags: list[str]) -> list[float]:
+def steps_ended(flags: list[str]) -> np.ndarray:
+    """When each step of `run_mim.py` ended: (steps, 2), seconds since Enter and of the processor."""
     command = [sys.executable, "-c", RUNNER, str(time.time()), *flags, "--disable_tqdm=true", "--save_strategy=no"]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(result.stderr)
     (line,) = (line for line in result.stdout.splitlines() if line.startswith("ENDED"))
-    return [float(word) for word in line.split()[1:]]
+    return np.array([float(word) for word in line.split()[1:]]).reshape(-1, 2)
 
 
 def end_to_end(args) -> dict:
@@ -386,7 +387,7 @@ def end_to_end(args) -> dict:
         case.time(2)
         for _ in range(args.rounds):
             model.append(1 / case.time(max(2, args.num_steps // 4)))
-            ended = steps_ended(flags)
+            ended = steps_ended(flags)[:, 0]
             script.append((len(ended) - 1 - skipped) / (ended[-1] - ended[skipped]))
     shares = [s / m for s, m in zip(script, model, strict=True)]
     rates = {"model": statistics.median(model), "script": statistics.median(script)}
@@ -396,7 +397,7 @@ def end_to_end(args) -> dict:
 
 def start(args) -> dict:
     base = "from transformers import AutoModel, PreTrainedConfig"
-    seconds = {"transformers": [], "with hf_mim": [], "first step": []}
+    seconds = {"transformers": [], "with hf_mim": [], "first step": [], "first step, of the processor": []}
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--output_dir={folder}", "--resume_from_checkpoint=false", "--max_steps=1", "--warmup_steps=0"]
         # Draws the scenes, where they are not drawn yet.
@@ -406,7 +407,9 @@ def start(args) -> dict:
                 code = f"import time; start = time.perf_counter(); {statement}; print(time.perf_counter() - start)"
                 result = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
                 seconds[name].append(float(result.stdout))
-            seconds["first step"].append(steps_ended(flags)[0])
+            wall, processor = steps_ended(flags)[0]
+            seconds["first step"].append(wall)
+            seconds["first step, of the processor"].append(processor)
     return {"cases": {name: {"seconds": statistics.median(times)} for name, times in seconds.items()}}
 
 
