@@ -40,7 +40,7 @@ def test_data_is_measured(speed, monkeypatch, tmp_path, capsys):
     words = ["--num_pictures", "8", "--picture_size", "64", "--image_size", "32", "--workers", "0", "--rounds", "1"]
     run(speed, monkeypatch, "data", *words, "--output", str(tmp_path / "data.json"))
     cases = json.loads((tmp_path / "data.json").read_text())["cases"]
-    assert list(cases) == ["float32, Pillow", "float32", "bytes", "bytes, normalised"]
+    assert list(cases) == ["float32, Pillow", "float32", "bytes", "bytes, packed", "bytes, normalised"]
     assert cases["float32, Pillow"]["times_pillow"] == 1 and all(
         case["images_per_second"] > 0 for case in cases.values()
     )
