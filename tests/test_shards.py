@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from accelerate import skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, get_worker_info
+from transformers import TrainerCallback
 
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.pretraining import WINDOW_SHARDS, EpochSampler, PretrainingDataset, pretraining_collator
@@ -18,7 +19,7 @@ from hf_mim.data.transforms import PretrainingTransform
 from hf_mim.jobs import pack
 from test_distributed import torchrun
 from test_pack import opened
-from tiny_training import losses, run, tiny_trainer, write_pictures
+from tiny_training import losses, run, tiny_config, tiny_trainer, write_pictures
 
 ROWS, SHARDS, BATCH = 2_000_000, 500, 64
 
@@ -126,10 +127,8 @@ def test_two_million_rows_go_on_with_other_processes_and_workers():
 
 
 def test_a_run_goes_on_within_an_epoch(tmp_path, monkeypatch):
-    config = {"data": virtual_data(), "config": None, "max_steps": 5, "save_strategy": "steps", "save_steps": 3}
-    from tiny_training import tiny_config
-
-    config["config"] = tiny_config(image_size=8)
+    config = {"data": virtual_data(), "config": tiny_config(image_size=8), "max_steps": 5}
+    config |= {"save_strategy": "steps", "save_steps": 3}
     trainer = tiny_trainer(tmp_path / "whole", **config)
     trainer.train()
     assert trainer.train_sampler.shard_ends is not None and trainer.train_sampler.start == 0
@@ -256,8 +255,6 @@ def test_an_index_of_other_shards(shards):
 @pytest.mark.parametrize("cut", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_shard_that_goes_during_training(shards, tmp_path, cut):
     """What is trained until then is saved, and goes on to the same end when the shard is back."""
-    from transformers import TrainerCallback
-
     shard = sorted(shards.glob("*.parquet"))[1]
     data, pictures = shard.read_bytes(), opened(shards)
 
@@ -286,6 +283,43 @@ def test_a_shard_that_goes_during_training(shards, tmp_path, cut):
     resumed.train(resume_from_checkpoint=True)
     logged = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in (whole, resumed)]
     assert logged[0] == logged[1] and len(logged[0]) == 6
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_ended(tmp_path):
+    """As by a system that runs out of memory: what is trained until then is saved, and goes on to the same end."""
+    marker = tmp_path / "end"
+
+    class Mortal(VirtualRows):
+        def __getitem__(self, row):
+            if get_worker_info() is not None and marker.exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__getitem__(row)
+
+    class End(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                marker.touch()
+
+    def trainer(name, **kwargs):
+        pictures = ImageDataset(Mortal(200, 20), 3, source="virtual")
+        data = PretrainingDataset(pictures, PretrainingTransform((8, 8), 4, [0.5] * 3, [0.25] * 3))
+        config = tiny_config(image_size=8)
+        return tiny_trainer(
+            tmp_path / name, data=data, config=config, max_steps=20, dataloader_num_workers=1, **kwargs
+        )
+
+    whole, ended = trainer("whole"), trainer("ended", callbacks=[End()])
+    whole.train()
+    with pytest.raises(RuntimeError, match="worker"):
+        ended.train()
+    step = ended.state.global_step
+    assert 2 <= step < 20 and (tmp_path / "ended" / f"checkpoint-{step}").is_dir()
+    marker.unlink()
+    resumed = trainer("ended")
+    resumed.train(resume_from_checkpoint=True)
+    logged = [[log["loss"] for log in run.state.log_history if "loss" in log] for run in (whole, resumed)]
+    assert logged[0] == logged[1] and len(logged[0]) == 20
 
 
 def test_a_full_disk_while_a_shard_is_written(tmp_path, monkeypatch, capsys):
