@@ -25,16 +25,16 @@ fi
     echo '## pytest -m gpu'
     echo '```'
 } > "$report"
-timeout 320 python -m pytest -m gpu -n 0 -q -rA --tb=short tests/test_gpu.py 2>&1 | tee -a "$report"
+timeout 310 python -m pytest -m gpu -n 0 -q -rA --tb=short tests/test_gpu.py 2>&1 | tee -a "$report"
 status=${PIPESTATUS[0]}
-{
-    echo '```'
-    echo '## python benchmarks/speed.py step --preset base --batch_size 128 --precisions bf16 --rounds 3 --steps 5'
-    echo '```'
-} >> "$report"
-timeout 150 python benchmarks/speed.py step --preset base --batch_size 128 --precisions bf16 --rounds 3 --steps 5 2>&1 |
-    tee -a "$report"
-speed=${PIPESTATUS[0]}
+measure() {  # SECONDS, and the words of benchmarks/speed.py
+    { echo '```'; echo "## python benchmarks/speed.py ${*:2}"; echo '```'; } >> "$report"
+    timeout "$1" python benchmarks/speed.py "${@:2}" 2>&1 | tee -a "$report"
+    return "${PIPESTATUS[0]}"
+}
+speed=0
+measure 100 step --preset base --batch_size 128 --precisions bf16 --rounds 3 --steps 5 || speed=$?
+measure 60 memory --preset base --batch_size 128 --precisions bf16 --methods pilamim vit_mae || speed=$?
 echo '```' >> "$report"
 echo "The report is in $report."
 exit $((status != 0 ? status : speed))
