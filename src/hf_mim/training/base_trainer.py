@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +61,7 @@ class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):
     def __init__(self, *args, run_settings: dict | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.run_settings = run_settings or {}
-        self._is_saving, self._first_step = False, 0
+        self._is_saving, self._first_step, self._handler_of_workers = False, 0, None
         self.train_losses, self.eval_losses = LossMeter(), LossMeter()
         self.first_bad_step = torch.tensor(NEVER, device=self.args.device)
         self.speed = SpeedMeter(self.args.device, training_operations(self.model, self.args.train_batch_size))
@@ -115,16 +117,32 @@ class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):
 
     def train(self, *args, **kwargs):
         """As [`SavingMixin.train`], with Python's garbage collected between steps alone."""
-        with _garbage_between_steps():
-            return super().train(*args, **kwargs)
+        try:
+            with _garbage_between_steps():
+                return super().train(*args, **kwargs)
+        finally:
+            if self._handler_of_workers is not None:
+                signal.signal(signal.SIGCHLD, self._handler_of_workers)
+                self._handler_of_workers = None
 
     def get_batch_samples(self, *args, **kwargs):
+        self._find_dead_workers_between_steps()
         try:
             with self.speed.waiting():
                 return super().get_batch_samples(*args, **kwargs)
         except Exception as error:
             self._save_what_is_trained(error)
             raise
+
+    def _find_dead_workers_between_steps(self) -> None:
+        # torch tells of a worker that has died by an exception in whatever line is run at the moment, of a step too.
+        # Without its handler, who waits for a batch finds out within 5 seconds, and what is trained can be saved.
+        if not hasattr(signal, "SIGCHLD") or threading.current_thread() is not threading.main_thread():
+            return
+        handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", None) == "torch.utils.data._utils.signal_handling":
+            self._handler_of_workers = handler
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def _save_what_is_trained(self, error: Exception) -> None:
         """A checkpoint of the steps before data could not be read, where one process can write it by itself."""
