@@ -132,6 +132,9 @@ class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):
                 return super().get_batch_samples(*args, **kwargs)
         except Exception as error:
             self._save_what_is_trained(error)
+            if self._handler_of_workers is not None:
+                # Raises, and says so, where it comes of a worker that was ended.
+                self._handler_of_workers(signal.SIGCHLD, None)
             raise
 
     def _find_dead_workers_between_steps(self) -> None:
