@@ -26,6 +26,10 @@ extras = {
     "space": ["gradio>=6.31,<7"],
     # Multiband pictures.
     "tiff": ["tifffile>=2025.5", "imagecodecs>=2025.3"],
+    # DICOM, GeoTIFF scenes, NIfTI volumes.
+    "dicom": ["pydicom>=3.0.1"],
+    "geo": ["rasterio>=1.4.3"],
+    "volumes": ["nibabel>=5.3.2"],
 }
 # All that the package itself has a use for.
 extras["all"] = sorted(

@@ -21,11 +21,34 @@ class DataArguments:
     train_dir: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of pictures, with or without a sub-folder per class, of idx files, or CLEVR_v1.0. It may "
-            "hold splits (train, val, test, ...), or be one of them: the others beside it are found."
+            "help": "Folder of pictures, with or without a sub-folder per class, of DICOM, NIfTI or idx files, or "
+            "CLEVR_v1.0. It may hold splits (train, val, test, ...), or be one of them: others beside it are found."
         },
     )
     validation_dir: str | None = field(default=None, metadata={"help": "The same for the held-out pictures."})
+    tile_size: int | None = field(
+        default=None, metadata={"help": "TIFF are GeoTIFF scenes, cut into tiles of so many pixels on the fly."}
+    )
+    bands: list[int] | None = field(
+        default=None, metadata={"help": "Bands of the scenes, in this order, from 1 (4 3 2). Default: all."}
+    )
+    slice_axis: int | None = field(
+        default=None,
+        metadata={"help": "Axis that counts the slices of volumes: .npy are then stacks. Default of NIfTI: 2."},
+    )
+    value_range: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Of scenes, volumes and DICOM: the values that become 0 and 1 (of DICOM after its rescale slope, "
+            "in the place of its window); beyond them is clipped."
+        },
+    )
+    group_by: str | None = field(
+        default=None,
+        metadata={
+            "help": "Of DICOM: the attribute (PatientID) whose images stay on one side where some are held out."
+        },
+    )
     train_split: str = field(default="train", metadata={"help": "Split of the data set to train on."})
     validation_split: str | None = field(
         default=None,
@@ -90,6 +113,7 @@ class DataArguments:
             raise ValueError(f"--image_size must be one number or two (height, width) above 0, got {self.image_size}.")
         if self.num_channels is not None and self.num_channels < 1:
             raise ValueError(f"--num_channels must be at least 1, got {self.num_channels}.")
+        self._check_files_of_several()
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"--validation_fraction must lie between 0 and 1, got {self.validation_fraction}.")
         if self.crop_scale_min is None:
@@ -113,6 +137,28 @@ class DataArguments:
             raise ValueError("Give both --image_mean and --image_std, or neither.")
         if isinstance(self.image_std, list) and min(self.image_std) <= 0:
             raise ValueError(f"--image_std must be above 0, got {self.image_std}.")
+
+    def _check_files_of_several(self) -> None:
+        for flag in ("tile_size", "bands", "slice_axis", "value_range", "group_by"):
+            if getattr(self, flag) is not None and (self.train_dir is None or self.dataset_name is not None):
+                raise ValueError(f"--{flag} is of files in a folder: it goes with --train_dir alone.")
+        if self.tile_size is not None and self.tile_size < 1:
+            raise ValueError(f"--tile_size must be at least 1, got {self.tile_size}.")
+        if self.slice_axis is not None and self.slice_axis not in (0, 1, 2):
+            raise ValueError(f"--slice_axis must be 0, 1 or 2, got {self.slice_axis}.")
+        if self.value_range is not None and not (
+            len(self.value_range) == 2 and self.value_range[0] < self.value_range[1]
+        ):
+            raise ValueError(f"--value_range must be two numbers, the lower first, got {self.value_range}.")
+        if self.bands is None:
+            return
+        if self.tile_size is None:
+            raise ValueError("--bands is of scenes that are cut into tiles: give --tile_size too.")
+        if min(self.bands, default=0) < 1:
+            raise ValueError(f"--bands are counted from 1, got {self.bands}.")
+        if self.num_channels not in (None, len(self.bands)):
+            raise ValueError(f"--bands names {len(self.bands)} bands, and --num_channels is {self.num_channels}.")
+        self.num_channels = len(self.bands)
 
     @property
     def image_height_width(self) -> tuple[int, int] | None:

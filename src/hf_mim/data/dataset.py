@@ -36,6 +36,7 @@ class ImageDataset(Dataset):
             (height, width), the pixels' classes (`IGNORED` where there is none); `depth`, float32 of the same shape (0
             where it is not known); `instances`, `boxes` and `classes` as `SceneAnnotations` has them.
         mask_names: of the classes in `annotations["mask"]`.
+        groups: integers of shape `(len(values),)`: pictures of the same one stay on one side where some are held out.
         max_image_pixels (`int`, *optional*): as in `read_image`.
     """
 
@@ -49,6 +50,7 @@ class ImageDataset(Dataset):
         label_names: dict[str, list[str]] | None = None,
         annotations: dict[str, Sequence] | None = None,
         mask_names: list[str] | None = None,
+        groups: np.ndarray | None = None,
         max_image_pixels: int | None = None,
     ):
         self.num_channels = num_channels
@@ -58,6 +60,7 @@ class ImageDataset(Dataset):
         self.label_names = label_names or {}
         self.annotations = annotations or {}
         self.mask_names = mask_names
+        self.groups = groups
         self._values = values
         self._rows = np.arange(len(values))
 
@@ -92,8 +95,9 @@ class ImageDataset(Dataset):
         return self.labels[name].ndim == 2
 
     def name(self, index: int) -> str:
-        """The picture's file, or its row in the data set."""
-        return self._name(index, self.stored(index))
+        """The picture's file (of several, which one too), or its row in the data set."""
+        # Of files of several pictures, without reading one.
+        return self._name(index, None if hasattr(self._values, "name") else self.stored(index))
 
     def select(self, indices) -> "ImageDataset":
         """These pictures and their labels, in this order, sharing the memory of all."""
@@ -101,6 +105,7 @@ class ImageDataset(Dataset):
         selected.__dict__.update(self.__dict__)
         selected._rows = self._rows[indices]
         selected.labels = {key: column[indices] for key, column in self.labels.items()}
+        selected.groups = None if self.groups is None else self.groups[indices]
         return selected
 
     def keep_labels(self, names: list[str]) -> None:
@@ -149,6 +154,8 @@ class ImageDataset(Dataset):
         return digest.hexdigest()
 
     def _name(self, index: int, value) -> str:
+        if hasattr(self._values, "name"):
+            return self._values.name(int(self._rows[index]))
         row = f"row {self._rows[index]} of {self.source}"
         if isinstance(value, dict) and value.get("path"):
             return f"{value['path']} ({row})"

@@ -79,9 +79,18 @@ def hold_out(pictures: ImageDataset, fraction: float) -> tuple[ImageDataset, Ima
     """
     if len(pictures) < 2:
         raise ValueError(f"{pictures.source} has 1 picture, and no split to hold out: expected at least 2.")
-    order = _fixed_order(len(pictures))
     num_held_out = min(len(pictures) - 1, max(1, round(len(pictures) * fraction)))
-    return pictures.select(np.sort(order[num_held_out:])), pictures.select(np.sort(order[:num_held_out]))
+    held_out = np.zeros(len(pictures), dtype=bool)
+    names, groups = (None, None) if pictures.groups is None else np.unique(pictures.groups, return_inverse=True)
+    if groups is None or len(names) == 1:
+        # Images of one file alone have nothing to be kept apart from.
+        held_out[_fixed_order(len(pictures))[:num_held_out]] = True
+    else:
+        order, sizes = _fixed_order(len(names)), np.bincount(groups)
+        # Whole groups, as many as it takes and not all.
+        enough = 1 + int(np.searchsorted(np.cumsum(sizes[order]), num_held_out))
+        held_out[np.isin(groups, order[: min(enough, len(names) - 1)])] = True
+    return pictures.select(np.flatnonzero(~held_out)), pictures.select(np.flatnonzero(held_out))
 
 
 def subset(pictures: ImageDataset, num: int | None) -> ImageDataset:

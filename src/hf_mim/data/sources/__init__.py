@@ -6,7 +6,8 @@ the source has none); both are of the kinds in `dataset`.
 
 from ..arguments import TORCHVISION_PREFIX, DataArguments
 from ..dataset import ImageDataset, ImageStream
-from . import clevr, datasets, folder, idx, packed, scenes, tars, torchvision
+from ..images import IMAGE_EXTENSIONS
+from . import clevr, datasets, dicom, folder, geotiff, idx, packed, scenes, tars, torchvision, volumes
 
 
 def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStream, ImageDataset | None]:
@@ -21,7 +22,7 @@ def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStr
     if args.dataset_name is None and args.train_dir is None:
         return scenes.open_splits(args)
     if args.dataset_name is None:
-        return _of_folder(folder.check_folder(args.train_dir)).open_splits(args)
+        return _of_folder(args).open_splits(args)
     if args.dataset_name.startswith(TORCHVISION_PREFIX):
         return torchvision.open_splits(args)
     return datasets.open_splits(args, seed)
@@ -29,16 +30,49 @@ def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStr
 
 def open_folder(root: str, num_channels: int) -> ImageDataset:
     """The pictures of a folder; where it holds splits, those to train on."""
-    root = folder.check_folder(root)
-    return _of_folder(root).open_splits(DataArguments(train_dir=root, num_channels=num_channels))[0]
+    args = DataArguments(train_dir=root, num_channels=num_channels)
+    return _of_folder(args).open_splits(args)[0]
 
 
-def _of_folder(root: str):
-    """The kind of source that a folder is, by what lies in it."""
+# The flags that only some kinds of files know.
+_FLAGS = {
+    geotiff: ("tile_size", "bands", "value_range"),
+    volumes: ("slice_axis", "value_range"),
+    dicom: ("group_by", "value_range"),
+}
+
+
+def _of_folder(args: DataArguments):
+    """
+    The kind of source that `--train_dir` is, by what lies in it.
+
+    Raises:
+        ValueError: there is no such folder, or a flag is of another kind.
+    """
+    root = folder.check_folder(args.train_dir)
+    kind = _kind_of_folder(root, args)
+    for flag in dict.fromkeys(flag for flags in _FLAGS.values() for flag in flags):
+        if getattr(args, flag) is not None and flag not in _FLAGS.get(kind, ()):
+            of = " or ".join(module.__name__.rpartition(".")[2] for module in _FLAGS if flag in _FLAGS[module])
+            raise ValueError(f"--{flag} is of {of} files; {root} is read as {kind.__name__.rpartition('.')[2]}.")
+    return kind
+
+
+def _kind_of_folder(root: str, args: DataArguments):
     if clevr.is_clevr(root):
         return clevr
     if packed.is_packed(root):
         return packed
     if tars.has_tars(root):
         return tars
-    return idx if idx.has_idx_files(root) else folder
+    if idx.has_idx_files(root):
+        return idx
+    # TIFF and .npy are pictures too: a flag says that they are more.
+    if args.tile_size is not None:
+        return geotiff
+    if args.slice_axis is not None:
+        return volumes
+    first = folder.find_first(root, (*IMAGE_EXTENSIONS, *dicom.ENDINGS, *volumes.NIFTI)) or ""
+    if first.lower().endswith(dicom.ENDINGS):
+        return dicom
+    return volumes if first.lower().endswith(volumes.NIFTI) else folder

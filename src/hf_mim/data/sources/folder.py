@@ -4,6 +4,7 @@ import hashlib
 import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,15 +18,20 @@ from . import index_cache
 
 logger = logging.get_logger(__name__)
 
-# By which a kept listing was made.
-_RULE = " ".join(("1", *IMAGE_EXTENSIONS))
 _SETTLED_NS = 60 * 10**9
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 
-def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset | None]:
+def open_splits(
+    args: DataArguments, endings: tuple[str, ...] = IMAGE_EXTENSIONS, open_files: Callable | None = None
+) -> tuple[ImageDataset, ImageDataset | None]:
     """The pictures of `--train_dir`, and of `--validation_dir` or the split beside them.
+
+    Args:
+        endings: of the files that are read.
+        open_files: from a folder and the paths below it to what `ImageDataset` takes as values; the files themselves,
+            a picture each, if None. Others are `PartImages`.
 
     Raises:
         ValueError: one of the two does not exist or holds no picture, or a split that is asked for is not there.
@@ -37,7 +43,8 @@ def open_splits(args: DataArguments) -> tuple[ImageDataset, ImageDataset | None]
         held_out = root if splits is None else splits[find_split(splits, args.validation_split, HELD_OUT + TRAINING)]
     elif held_out is not None:
         logger.warning(f"Training pictures are those of {train}; held out are those of {held_out}.")
-    train, *validation = from_folder([train] + [held_out] * (held_out is not None), args.num_channels)
+    roots = [train] + [held_out] * (held_out is not None)
+    train, *validation = from_folder(roots, args.num_channels, endings, open_files)
     return train, validation[0] if validation else None
 
 
@@ -79,25 +86,47 @@ class FileImages:
         return digest.hexdigest()
 
 
-def from_folder(roots: list[str], num_channels: int) -> list[ImageDataset]:
-    """Folders of pictures with the same classes (training and validation), as data sets.
+def from_folder(
+    roots: list[str],
+    num_channels: int,
+    endings: tuple[str, ...] = IMAGE_EXTENSIONS,
+    open_files: Callable | None = None,
+) -> list[ImageDataset]:
+    """Folders of pictures with the same classes (training and validation), as data sets. See `open_splits`.
 
-    If every picture lies in a sub-folder, and there are at least two of these, they are the classes of `label`.
+    If every picture lies in a sub-folder, and there are at least two of these, they are the classes of `label`. Not of
+    a folder that is still to be split, where each of them is one group (a volume, a scene, a patient): a class would
+    be on one side alone.
     """
-    found = [list_folder(root) for root in roots]
+    found = [list_folder(root, endings) for root in roots]
     tops = [[folder.partition(os.sep)[0] for folder in listing.folders] for listing in found]
     classes = sorted({tops[i][folder] for i, listing in enumerate(found) for folder in listing.run_folders})
     labelled = len(classes) > 1 and "" not in classes
     numbers = {name: number for number, name in enumerate(classes)}
+    files = [
+        (open_files or FileImages)(os.path.expanduser(root), listing.paths)
+        for root, listing in zip(roots, found, strict=True)
+    ]
+    columns = [
+        listing.by_folder([numbers.get(top, -1) for top in names]) for listing, names in zip(found, tops, strict=True)
+    ]
+    groups = [None] * len(roots)
+    if open_files is not None:
+        if len(roots) == 1:
+            pairs = set(zip(columns[0].tolist(), files[0].file_groups.tolist(), strict=True))
+            labelled = labelled and len(pairs) > len(classes)
+        groups = [parts.groups() for parts in files]
+        columns = [column[parts.file_numbers] for column, parts in zip(columns, files, strict=True)]
     return [
         ImageDataset(
-            FileImages(os.path.expanduser(root), listing.paths),
+            values,
             num_channels,
             source=os.fspath(root),
-            labels={"label": listing.by_folder([numbers.get(top, -1) for top in names])} if labelled else None,
+            labels={"label": column} if labelled else None,
             label_names={"label": classes} if labelled else None,
+            groups=together,
         )
-        for root, listing, names in zip(roots, found, tops, strict=True)
+        for root, values, column, together in zip(roots, files, columns, groups, strict=True)
     ]
 
 
@@ -126,9 +155,9 @@ class Listing:
         """For each picture the value of its folder."""
         return np.repeat(np.array(values, dtype=np.int64)[self.run_folders], self.run_lengths)
 
-    def arrays(self) -> dict[str, np.ndarray]:
+    def arrays(self, rule: str) -> dict[str, np.ndarray]:
         others = np.array([f"{count} {ending}" for ending, count in self.others.items()], dtype="U64")
-        return vars(self) | {"folders": _encoded(self.folders), "others": others, "rule": np.array(_RULE)}
+        return vars(self) | {"folders": _encoded(self.folders), "others": others, "rule": np.array(rule)}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Listing":
@@ -138,12 +167,12 @@ class Listing:
         return cls(folders=folders, others={ending: int(count) for count, ending in others}, **named)
 
 
-def find_images(root: str | os.PathLike) -> list[str]:
+def find_images(root: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> list[str]:
     """Paths of the pictures below a folder, relative to it, sorted; see [`list_folder`]."""
-    return [os.fsdecode(bytes(path)) for path in list_folder(root).paths]
+    return [os.fsdecode(bytes(path)) for path in list_folder(root, endings).paths]
 
 
-def list_folder(root: str | os.PathLike) -> Listing:
+def list_folder(root: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENSIONS) -> Listing:
     """The pictures below a folder, sorted; hidden files and folders are left out.
 
     Files with other endings are counted, and the log says how many there are of each. What a large folder holds is
@@ -153,25 +182,27 @@ def list_folder(root: str | os.PathLike) -> Listing:
         ValueError: there is no such folder, it cannot be listed, or it holds no picture.
     """
     root = check_folder(root)
-    listing = _kept_listing(root)
+    # By which a kept listing was made.
+    rule = " ".join(("1", *endings))
+    listing = _kept_listing(root, rule)
     if listing is None:
         began = time.time_ns()
-        listing = _list(root)
+        listing = _list(root, endings)
         # A folder that changed just now may change again without another time.
         if len(listing.paths) >= index_cache.LEAST and listing.states[:, 1].max() < began - _SETTLED_NS:
-            index_cache.keep("folder", root, listing.arrays())
+            index_cache.keep("folder", root, listing.arrays(rule))
     left_out = ", ".join(f"{count} {ending}" for ending, count in Counter(listing.others).most_common(8))
     if not len(listing.paths):
         there = f" It holds files that end in {left_out}." if left_out else ""
-        raise ValueError(f"{root} holds no picture.{there} Files that are read: {', '.join(IMAGE_EXTENSIONS)}.")
+        raise ValueError(f"{root} holds no picture.{there} Files that are read: {', '.join(endings)}.")
     if left_out:
         logger.warning(f"{root}: files left out for their endings: {left_out}.")
     return listing
 
 
-def _kept_listing(root: str) -> Listing | None:
+def _kept_listing(root: str, rule: str) -> Listing | None:
     arrays = index_cache.kept("folder", root)
-    if arrays is None or str(arrays.get("rule")) != _RULE:
+    if arrays is None or str(arrays.get("rule")) != rule:
         return None
     listing = Listing.from_arrays(arrays)
     try:
@@ -186,7 +217,7 @@ def _state(status: os.stat_result) -> tuple[int, int]:
     return status.st_ino & (2**63 - 1), status.st_mtime_ns
 
 
-def _list(root: str) -> Listing:
+def _list(root: str, endings: tuple[str, ...]) -> Listing:
     paths, folders, states, runs, others = [], [], [], [], Counter()
     # A link back up would never end.
     visited = set()
@@ -209,7 +240,7 @@ def _list(root: str) -> Listing:
             path = os.path.join(below, name) if below else name
             if is_folder:
                 enter(path)
-            elif name.lower().endswith(IMAGE_EXTENSIONS):
+            elif name.lower().endswith(endings):
                 if not runs or runs[-1][0] != number:
                     runs.append([number, 0])
                 runs[-1][1] += 1
@@ -224,6 +255,21 @@ def _list(root: str) -> Listing:
 
 def _encoded(paths: list[str]) -> np.ndarray:
     return np.array([os.fsencode(path) for path in paths])
+
+
+def find_first(root: str, endings: tuple[str, ...]) -> str | None:
+    """The path of a file of one of these endings, the first that is come by; None where there is none."""
+    visited = set()
+    for folder, below, names in os.walk(root, followlinks=True):
+        status = os.stat(folder)
+        # A link back up would never end.
+        seen = (status.st_dev, status.st_ino) in visited
+        visited.add((status.st_dev, status.st_ino))
+        below[:] = [] if seen else sorted(name for name in below if not name.startswith("."))
+        for name in sorted(names):
+            if not name.startswith(".") and name.lower().endswith(endings):
+                return os.path.join(folder, name)
+    return None
 
 
 def check_folder(path: str | os.PathLike) -> str:
