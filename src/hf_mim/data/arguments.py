@@ -139,9 +139,6 @@ class DataArguments:
             raise ValueError(f"--image_std must be above 0, got {self.image_std}.")
 
     def _check_files_of_several(self) -> None:
-        for flag in ("tile_size", "bands", "slice_axis", "value_range", "group_by"):
-            if getattr(self, flag) is not None and (self.train_dir is None or self.dataset_name is not None):
-                raise ValueError(f"--{flag} is of files in a folder: it goes with --train_dir alone.")
         if self.tile_size is not None and self.tile_size < 1:
             raise ValueError(f"--tile_size must be at least 1, got {self.tile_size}.")
         if self.slice_axis is not None and self.slice_axis not in (0, 1, 2):

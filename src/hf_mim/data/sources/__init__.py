@@ -20,12 +20,13 @@ def open_splits(args: DataArguments, seed: int) -> tuple[ImageDataset | ImageStr
         ValueError: nothing there, or not what it should be; the message says what to do.
     """
     if args.dataset_name is None and args.train_dir is None:
-        return scenes.open_splits(args)
-    if args.dataset_name is None:
-        return _of_folder(args).open_splits(args)
-    if args.dataset_name.startswith(TORCHVISION_PREFIX):
-        return torchvision.open_splits(args)
-    return datasets.open_splits(args, seed)
+        kind = scenes
+    elif args.dataset_name is None:
+        kind = _of_folder(args)
+    else:
+        kind = torchvision if args.dataset_name.startswith(TORCHVISION_PREFIX) else datasets
+    _refuse_flags_of_others(kind, args)
+    return kind.open_splits(args, seed) if kind is datasets else kind.open_splits(args)
 
 
 def open_folder(root: str, num_channels: int) -> ImageDataset:
@@ -42,23 +43,17 @@ _FLAGS = {
 }
 
 
-def _of_folder(args: DataArguments):
-    """
-    The kind of source that `--train_dir` is, by what lies in it.
-
-    Raises:
-        ValueError: there is no such folder, or a flag is of another kind.
-    """
-    root = folder.check_folder(args.train_dir)
-    kind = _kind_of_folder(root, args)
+def _refuse_flags_of_others(kind, args: DataArguments) -> None:
     for flag in dict.fromkeys(flag for flags in _FLAGS.values() for flag in flags):
         if getattr(args, flag) is not None and flag not in _FLAGS.get(kind, ()):
             of = " or ".join(module.__name__.rpartition(".")[2] for module in _FLAGS if flag in _FLAGS[module])
-            raise ValueError(f"--{flag} is of {of} files; {root} is read as {kind.__name__.rpartition('.')[2]}.")
-    return kind
+            what = args.dataset_name or args.train_dir or "the data"
+            raise ValueError(f"--{flag} is of {of} files; {what} is read as {kind.__name__.rpartition('.')[2]}.")
 
 
-def _kind_of_folder(root: str, args: DataArguments):
+def _of_folder(args: DataArguments):
+    """The kind of source that `--train_dir` is, by what lies in it. Raises ValueError if there is no such folder."""
+    root = folder.check_folder(args.train_dir)
     if clevr.is_clevr(root):
         return clevr
     if packed.is_packed(root):
