@@ -229,11 +229,11 @@ class TestTeacher:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"image_size": 48}, "6 x 6 patches.*the student into 4 x 4"),
-            ({"patch_size": 16}, "2 x 2 patches.*the student into 4 x 4"),
+            ({"image_size": (64, 32)}, "8 x 4 patches.*the student into 4 x 4"),
+            ({"patch_size": (8, 16)}, "4 x 2 patches.*the student into 4 x 4"),
         ],
     )
-    def test_of_another_grid_is_refused(self, fields, message):
+    def test_of_other_proportions_is_refused(self, fields, message):
         teacher = ViTModel(ViTConfig(**(self.SIZES | {"image_size": 32, "patch_size": 8} | fields)))
         with pytest.raises(ValueError, match=f"(?s){message}"):
             DBOTForPreTraining.from_teacher(teacher, tiny_config("dbot", **self.GRID))

@@ -348,8 +348,46 @@ def test_networks_for_any_grid_take_any_grid(kind):
     torch.testing.assert_close(frozen(pixel_values).last_hidden_states[0], expected, rtol=0, atol=1e-5)
 
 
+# From 2 x 2 to 4 x 4 a patch lies a quarter and three quarters between two; at the edge it is the edge's. From 4 x 4
+# to 2 x 2 a triangle over two patches to each side: 3/4, 3/4 and 1/4, over their sum.
+_BETWEEN = {
+    (2, 4): [[1, 0], [3 / 4, 1 / 4], [1 / 4, 3 / 4], [0, 1]],
+    (4, 2): [[3 / 7, 3 / 7, 1 / 7, 0], [0, 1 / 7, 3 / 7, 3 / 7]],
+}
+
+
 @pytest.mark.parametrize("kind", ["vit_mae", "clip_vision_model", "plain"])
-def test_other_grids_are_refused_with_both(kind):
+@pytest.mark.parametrize(("own", "wanted"), [(2, 4), (4, 2)])
+def test_patches_are_resampled_to_the_grid_that_is_wanted(kind, own, wanted, monkeypatch):
+    monkeypatch.setitem(SIZES, "image_size", 8 * own)
+    model = own_model(kind)
+    frozen = frozen_copy(model, grid=(wanted, wanted))
+    assert frozen.grid == (wanted, wanted) and frozen.own_grid == (own, own)
+    pixel_values = torch.rand(2, 3, 8 * own, 8 * own)
+    shares = torch.tensor(_BETWEEN[own, wanted])
+
+    def by_hand(tokens):
+        patches = tokens[:, 1:].unflatten(1, (own, own))
+        patches = torch.einsum("yi,xj,bijc->byxc", shares, shares, patches).flatten(1, 2)
+        return torch.cat((tokens[:, :1], patches), dim=1)
+
+    hidden_states = own_outputs(model, pixel_values).hidden_states
+    found = frozen(pixel_values, num_last_layers=2)
+    for tokens, hidden in zip(found.last_hidden_states, hidden_states[-2:], strict=True):
+        torch.testing.assert_close(tokens, by_hand(hidden), rtol=0, atol=1e-5)
+    attention = found.attention
+    rows = torch.tensor([[0, wanted**2], [2, 1]])
+    inputs = attention.norm(by_hand(hidden_states[-2]))
+    queries, keys = (
+        project(inputs).unflatten(2, (4, 8)).transpose(1, 2)
+        for project in (attention.project_query, attention.project_key)
+    )
+    expected = (queries @ keys[:, :, 1:].transpose(2, 3) / 8**0.5)[torch.arange(2)[:, None], :, rows].transpose(1, 2)
+    torch.testing.assert_close(attention.logits(rows), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit_mae", "clip_vision_model", "plain"])
+def test_grids_of_other_proportions_are_refused_with_both(kind):
     with pytest.raises(ValueError, match="4 x 4 patches.*student into 2 x 8"):
         frozen_copy(own_model(kind), grid=(2, 8))
 

@@ -18,9 +18,9 @@ class DBOTConfig(MaskedAutoencoderConfig):
         smooth_l1_beta (`float`, defaults to 2.0): Where the loss turns from squared to absolute differences.
         drop_path_rate (`float`, defaults to 0.2): Stochastic depth of the student's last block and of the decoder's
             last block; rises linearly from 0. The paper has 0.2 for ViT-B and ViT-L, 0.3 for ViT-H.
-        teacher_config (config or `dict`, *optional*): The frozen teacher, any ViT with a [CLS] token and the same
-            patch grid: a config of ours or of transformers, or a dict; kept as a dict. Without `model_type` it is a
-            plain masked ViT. None: the student's own sizes.
+        teacher_config (config or `dict`, *optional*): The frozen teacher, any ViT with a [CLS] token and a
+            patch grid of the same proportions: a config of ours or of transformers, or a dict; kept as a dict. Without
+            `model_type` it is a plain masked ViT. None: the student's own sizes.
         teacher_channels (`list[int]`, *optional*): Which of the student's channels the teacher sees, in its own order,
             from 0; a channel may be there twice. All if None.
         image_mean, image_std (`list[float]`, *optional*): How the student's pictures are normalised, by channel, for

@@ -92,7 +92,8 @@ class FrozenViTOutput:
     """
     Args:
         last_hidden_states (`tuple` of `torch.Tensor` of shape `(batch_size, 1 + L, hidden_size)`): Outputs of the last
-            blocks, the last one last, before the final norm; [CLS] first, then the patches, without registers.
+            blocks, the last one last, before the final norm; [CLS] first, then the L patches of the grid that is
+            wanted, without registers.
         attention (`LastAttention`): Of the last block.
     """
 
@@ -107,7 +108,10 @@ class FrozenViT(nn.Module):
     Args:
         config: As [`frozen_config`] gives. The network is built untrained; `load_source` fills it.
         grid (pair (rows, columns), *optional*): The patch grid that targets are wanted for; the network's own if None.
-            Pictures are resized so that the network cuts them into this grid.
+            Pictures are resized so that the network cuts them into this grid. A network that has positions for its own
+            grid alone sees them at its own size, and what it makes of the patches is resampled: outputs of the last
+            blocks, and what the last block's attention reads, each channel as an image (bilinear, with antialiasing
+            where the grid gets smaller). Both grids then have the same proportions.
         pixels (`dict`, *optional*): `source_mean`, `source_std`, `target_mean`, `target_std`, lists of one number a
             channel, None where not known: how the pictures it is given are normalised, and how it wants them.
         attn_implementation (`str`, *optional*): As the student's; transformers' choice if None.
@@ -133,6 +137,8 @@ class FrozenViT(nn.Module):
         self.layout = layout_of(config)
         self.patch_size = as_pair(config.patch_size)
         self.grid = frozen_grid(config, grid)
+        # In which it runs.
+        self.own_grid = self.grid if layout_of(config).any_grid else grid_of(config)
         self.network = _build(config, self.layout, attn_implementation)
         # Not the method's description of it: the attention implementation that is set later is in this one.
         self.config = self.network.config
@@ -191,6 +197,27 @@ class FrozenViT(nn.Module):
         """
         if not 1 <= num_last_layers <= self.num_layers:
             raise ValueError(f"num_last_layers is {num_last_layers}; the frozen network has {self.num_layers} blocks.")
+        network, num_prefix = self.network, 1 + getattr(self.config, "num_register_tokens", 0)
+        hidden_states, block_arguments, rotary = self._embed(self.as_it_sees(pixel_values).to(network.dtype))
+        blocks = network.get_submodule(self.layout.blocks)
+        outputs = []
+        for block in blocks:
+            inputs, hidden_states = hidden_states, block(hidden_states, **block_arguments)
+            outputs = [*outputs, hidden_states][-num_last_layers:]
+        *outputs, inputs = (self._resample(tokens, num_prefix) for tokens in (*outputs, inputs))
+        norm, attention = (getattr(block, name) for name in (self.layout.norm, self.layout.attention))
+        attention = LastAttention(norm, attention, inputs, rotary, self.num_heads, num_prefix)
+        if num_prefix > 1:
+            outputs = [torch.cat((tokens[:, :1], tokens[:, num_prefix:]), dim=1) for tokens in outputs]
+        return FrozenViTOutput(tuple(outputs), attention)
+
+    def as_it_sees(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """
+        The student's pictures with the network's channels, normalisation and size.
+
+        Raises:
+            ValueError: If the channels are not the network's.
+        """
         if self.channels is not None:
             check_frozen_channels(self.channels, self.config.num_channels, pixel_values.shape[1])
             pixel_values = pixel_values[:, self.channels]
@@ -201,18 +228,7 @@ class FrozenViT(nn.Module):
                 f"{self.name}_channels which of them it sees."
             )
         self._say_what_is_not_known()
-        network, num_prefix = self.network, 1 + getattr(self.config, "num_register_tokens", 0)
-        hidden_states, block_arguments, rotary = self._embed(self._resize(self.pixels(pixel_values)).to(network.dtype))
-        blocks = network.get_submodule(self.layout.blocks)
-        outputs = []
-        for block in blocks:
-            inputs, hidden_states = hidden_states, block(hidden_states, **block_arguments)
-            outputs = [*outputs, hidden_states][-num_last_layers:]
-        norm, attention = (getattr(block, name) for name in (self.layout.norm, self.layout.attention))
-        attention = LastAttention(norm, attention, inputs, rotary, self.num_heads, num_prefix)
-        if num_prefix > 1:
-            outputs = [torch.cat((tokens[:, :1], tokens[:, num_prefix:]), dim=1) for tokens in outputs]
-        return FrozenViTOutput(tuple(outputs), attention)
+        return self._resize(self.pixels(pixel_values))
 
     def _say_what_is_not_known(self) -> None:
         if self._has_said or torch.compiler.is_compiling():
@@ -228,10 +244,18 @@ class FrozenViT(nn.Module):
             )
 
     def _resize(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        size = tuple(number * patch for number, patch in zip(self.grid, self.patch_size, strict=True))
+        size = tuple(number * patch for number, patch in zip(self.own_grid, self.patch_size, strict=True))
         if tuple(pixel_values.shape[2:]) == size:
             return pixel_values
         return nn.functional.interpolate(pixel_values.float(), size=size, mode="bicubic", antialias=True)
+
+    def _resample(self, tokens: torch.Tensor, num_prefix: int) -> torch.Tensor:
+        """Tokens of the network's own grid as of `grid`; those before the patches stay."""
+        if self.own_grid == self.grid:
+            return tokens
+        maps = tokens[:, num_prefix:].transpose(1, 2).unflatten(2, self.own_grid).float()
+        maps = nn.functional.interpolate(maps, size=self.grid, mode="bilinear", antialias=True)
+        return torch.cat((tokens[:, :num_prefix], maps.flatten(2).transpose(1, 2).to(tokens.dtype)), dim=1)
 
     def _embed(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, dict, tuple | None]:
         """The first block's input, what the blocks are called with besides, and rotary positions."""
@@ -239,7 +263,7 @@ class FrozenViT(nn.Module):
         arguments, rotary = self.layout.block, None
         if kind == "vit_mae":
             # Masks nothing, and keeps the order: the noise ascends.
-            noise = torch.arange(self.grid[0] * self.grid[1], device=pixel_values.device).float()
+            noise = torch.arange(self.own_grid[0] * self.own_grid[1], device=pixel_values.device).float()
             hidden_states = network.embeddings(pixel_values, noise=noise.expand(pixel_values.shape[0], -1))[0]
         elif kind == "dinov3_vit":
             hidden_states = network.embeddings(pixel_values)
@@ -262,7 +286,7 @@ def build_frozen(config: MaskedViTConfig, name: str) -> FrozenViT:
     `NAME_image_std`; `image_mean` and `image_std` are the student's.
 
     Raises:
-        ValueError: If the network is not supported, or has another patch grid.
+        ValueError: If the network is not supported, or has a patch grid of other proportions.
     """
     pixels = {
         "source_mean": config.image_mean,
@@ -281,17 +305,18 @@ def frozen_grid(config: PreTrainedConfig, grid: tuple[int, int] | None = None) -
     The patch grid (rows, columns) that a frozen network of this config gives targets for: `grid`, its own if None.
 
     Raises:
-        ValueError: If it cannot have that grid.
+        ValueError: If it cannot have that grid: its positions are of one grid, of other proportions.
     """
     own_grid = grid_of(config)
     if grid is None or tuple(grid) == own_grid:
         return own_grid
-    if not layout_of(config).any_grid:
+    if not layout_of(config).any_grid and own_grid[0] * grid[1] != own_grid[1] * grid[0]:
         raise ValueError(
             f"The frozen network cuts pictures into {own_grid[0]} x {own_grid[1]} patches (rows x columns; "
             f"image_size {config.image_size}, patch_size {config.patch_size}), the student into {grid[0]} x "
-            f"{grid[1]}: targets and predictions must be of the same patches. Choose the student's "
-            f"image_size and patch_size so that its grid is {own_grid[0]} x {own_grid[1]}, or another network."
+            f"{grid[1]}: of other proportions, in which it would see the pictures distorted. Choose the student's "
+            f"image_size and patch_size so that its grid is {own_grid[0]} x {own_grid[1]}, or has its proportions, or "
+            "another network."
         )
     return tuple(grid)
 

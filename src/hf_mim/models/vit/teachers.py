@@ -37,7 +37,7 @@ class FrozenTeacherMixin:
             kwargs: As of `_from_config`, e.g. `attn_implementation`.
 
         Raises:
-            ValueError: If the network cannot be a teacher, or the patch grids differ, with the reason.
+            ValueError: If the network cannot be a teacher, or the patch grids have other proportions.
             OSError: If there is no such model.
         """
         # Here, because importing other networks takes seconds, which a method without a teacher does not need.
