@@ -2,16 +2,19 @@
 
 import json
 
+import httpx
 import pytest
 import safetensors.torch
 import timm
 import torch
 import transformers
+from huggingface_hub.errors import GatedRepoError
 
 import hf_mim
+from hf_mim.evaluation.encoders import load_encoder
 from hf_mim.models.vit.frozen_sources import read_source
 from hf_mim.models.vit.modeling_vit import MaskedViTModel
-from hf_mim.training.building import build_config, build_model
+from hf_mim.training.building import build_config, build_model, describe_frozen
 from hf_mim.training.command import ModelArguments
 from hf_mim.training.weights import trained_normalization
 from tiny import scrambled, tiny_config, tiny_model
@@ -272,6 +275,29 @@ def test_pretraining_from_what_is_no_vit_is_refused(tmp_path):
     swin.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_name_or_path.*hierarchical"):
         build_config(arguments("ocl", tmp_path), None, None)
+
+
+def test_gated_weights_without_a_token_are_said_in_a_line(monkeypatch):
+    refused = GatedRepoError(
+        "401 Client Error", response=httpx.Response(401, request=httpx.Request("GET", "http://x"))
+    )
+
+    def gated(path, *_, **__):
+        # As transformers says it.
+        raise OSError(
+            f"You are trying to access a gated repo.\nMake sure to have access to it at {path}."
+        ) from refused
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", gated)
+    name = "facebook/dinov3-vits16"
+    said = "its weights are gated. Ask for access at https://huggingface.co/facebook/dinov3-vits16, then log in"
+    with pytest.raises(ValueError, match=f"--model_name_or_path {name}: {said}"):
+        build_config(arguments("ocl", name), None, None)
+    args = ModelArguments(model_type="tec", base_model_name_or_path=name)
+    with pytest.raises(ValueError, match=f"--base_model_name_or_path {name}: {said}"):
+        describe_frozen(args, build_config(args, None, None), None)
+    with pytest.raises(ValueError, match=f"The model {name} cannot be loaded: {said}"):
+        load_encoder(name)
 
 
 def test_tec_starts_from_and_learns_from_networks_that_are_read_as_ours():

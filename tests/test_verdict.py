@@ -14,18 +14,22 @@ from golden import SHARED
 from hf_mim.data.dataset import ImageDataset
 from hf_mim.data.image_processing import build_image_processor
 from hf_mim.data.loading import ImageSplits
-from hf_mim.evaluation.appraisal import evidence_of, reconstruction_errors, untrained_like
+from hf_mim.evaluation.appraisal import compare, evidence_of, reconstruction_errors, untrained_like
 from hf_mim.evaluation.online import OnlineEvaluation
 from hf_mim.evaluation.report import evaluate_features
 from hf_mim.evaluation.verdict import (
+    BETTER,
     COLLAPSING,
     LEARNING,
+    NOT_BETTER,
     TOO_EARLY,
     UNTRAINED,
+    WORSE,
     Evidence,
     Verdict,
     at_images,
     bootstrap,
+    compare_answers,
     describe_reference,
     feature_spread,
     has_collapsed,
@@ -140,6 +144,56 @@ class TestJudge:
         assert found.low <= found.high
         # Never learning where no more is told.
         assert found.verdict != LEARNING or found.value > 0
+
+
+class TestComparison:
+    @pytest.mark.parametrize(
+        ("now", "before", "word"), [(0.9, 0.8, BETTER), (0.8, 0.9, WORSE), (0.8, 0.8, NOT_BETTER)]
+    )
+    def test_by_a_label(self, now, before, word):
+        now, before = told(now), told(before)
+        now[5] = before[7] = np.nan
+        found = compare_answers("untrained", "shape", now, before)
+        assert found.word == word and found.num_pictures == 998
+        gain = found.value - found.other
+        assert gain == pytest.approx(100 * np.sign(gain) * 100 / 998, abs=1e-9)
+        # Of 998 pictures a tenth is told by one alone: a standard error of 0.95 points.
+        assert (found.low, found.high) == pytest.approx(
+            (gain - 1.86 * abs(gain) / 10, gain + 1.86 * abs(gain) / 10), abs=0.3
+        )
+        assert str(found).startswith(f"Linear accuracy of shape: {word} than untrained, {found.value:.1f} against")
+        assert compare_answers("untrained", "shape", np.full(4, np.nan), now[:4]) is None
+
+    def test_a_difference_that_may_be_chance(self):
+        found = compare_answers("untrained", "shape", told(0.55, 20), told(0.5, 20))
+        assert found.word == NOT_BETTER and found.low <= 0 < found.value - found.other
+
+    def test_each_network_at_its_best_and_several_labels(self):
+        def scores(**columns):
+            return {"linear": {label: torch.tensor(column) for label, column in columns.items()}}
+
+        good, bad = told(0.9, 100), told(0.3, 100)
+        answers = {
+            "trained": {"cls": scores(a=bad, b=bad), "mean": scores(a=good, b=bad)},
+            "start": {"mean": scores(a=bad, b=good)},
+        }
+        features = {name: {"mean": torch.randn(100, 4)} for name in answers}
+        by_a, by_b = compare(features, answers, {"start": "before"})
+        assert (by_a.word, by_b.word) == (BETTER, WORSE) and by_a.value - by_a.other == pytest.approx(60)
+        assert compare({name: {"mean": torch.randn(19, 4)} for name in answers}, answers, {"start": "before"}) == []
+
+    def test_without_labels(self):
+        generator = torch.Generator().manual_seed(0)
+        many = torch.randn(200, 16, generator=generator)
+        few = torch.randn(200, 2, generator=generator) @ torch.randn(2, 16, generator=generator)
+        features = {"trained": {"cls": many}, "start": {"mean": few, "cls": few}, "untrained": {"cls": many}}
+        than = {"start": "before", "untrained": "untrained"}
+        better, same = compare(features, {}, than)
+        assert better.by == "RankMe" and (better.word, same.word) == (BETTER, NOT_BETTER)
+        assert better.value == pytest.approx(16, abs=1.5) and better.other == pytest.approx(2, abs=0.3)
+        (worse,) = compare({"trained": {"cls": few}, "start": {"cls": many}}, {}, {"start": "before"})
+        assert worse.word == WORSE
+        assert compare({"trained": {"cls": few * np.nan}, "start": {"cls": many}}, {}, {"start": "before"}) == []
 
 
 def test_bootstrap_covers_the_truth():

@@ -14,7 +14,7 @@ from .features import extract_features
 from .knn import rank_me
 from .online import OnlineEvaluation
 from .report import feature_name
-from .verdict import Evidence, Verdict, feature_spread, judge
+from .verdict import Comparison, Evidence, Verdict, compare_answers, compare_ranks, feature_spread, judge
 
 # Held-out pictures that are reconstructed, and whose features are looked at without labels: they tell enough.
 MAX_RECONSTRUCTED = 512
@@ -77,6 +77,45 @@ def evidence_of(
         notes=notes,
         **measured,
     )
+
+
+def compare(
+    features: dict[str, dict[str, torch.Tensor]], answers: dict, than: dict[str, str], trained: str = "trained"
+) -> list[Comparison]:
+    """
+    Whether a network is better than others: for each label by linear accuracy, each network at the pooling that tells
+    most of it; without labels by RankMe. Nothing is said of fewer than 20 pictures, nor of features that are not
+    finite.
+
+    Args:
+        features: By network and pooling, of the same held-out pictures, `(num_pictures, dim)`.
+        answers: By network, as [`evaluate_features`] fills in.
+        than: The other networks, by name: what they are called.
+        trained (`str`): The name of the network that is compared.
+    """
+    number = len(next(iter(features[trained].values())))
+    if number < _MIN_PICTURES:
+        return []
+    found = []
+    for name, called in than.items():
+        if trained in answers and name in answers:
+            for label in next(iter(answers[trained].values()))["linear"]:
+                now, before = (_best_of_label(answers[network], label) for network in (trained, name))
+                found.append(compare_answers(called, label, now, before))
+            continue
+        shared = [pooling for pooling in features[trained] if pooling in features[name]]
+        for pooling in shared[:1]:
+            now, before = (features[network][pooling] for network in (trained, name))
+            if now.isfinite().all() and before.isfinite().all():
+                number = min(number, MAX_PICTURES)
+                ranks = (rank_me(values[:MAX_PICTURES]) for values in (now, before))
+                found.append(compare_ranks(called, *ranks, _rank_differences(now, before), number))
+    return [comparison for comparison in found if comparison is not None]
+
+
+def _best_of_label(by_pooling: dict, label: str) -> np.ndarray:
+    columns = [np.asarray(scores["linear"][label], dtype=np.float64) for scores in by_pooling.values()]
+    return max(columns, key=np.nanmean)
 
 
 def _name(pooling: str) -> str:

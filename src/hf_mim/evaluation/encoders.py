@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
+from ..models.vit.encoders import why_not_loaded
+from ..models.vit.frozen import FrozenViT
 from ..models.vit.repository import locate
 from ..models.vit.sizes import as_pair
 from ..registry import BASELINES, method_class
@@ -207,6 +209,29 @@ class FeatureEncoder:
         return digest.hexdigest()
 
 
+class FrozenEncoder(FeatureEncoder):
+    """The network that a method learns from, of pictures that are normalised for the one that learns.
+
+    Args:
+        frozen (`FrozenViT`): With its weights.
+    """
+
+    def __init__(self, frozen: FrozenViT):
+        super().__init__(frozen.network)
+        self.frozen = frozen
+
+    def to(self, device) -> "FrozenEncoder":
+        self.frozen.to(device)
+        return self
+
+    def tokens(self, pixel_values: torch.Tensor, num_blocks: int = 1) -> list[torch.Tensor]:
+        return super().tokens(self.frozen.as_it_sees(pixel_values), num_blocks)
+
+    def num_prefix(self, tokens: torch.Tensor, pixel_values: torch.Tensor) -> int:
+        rows, columns = self.frozen.own_grid
+        return tokens.shape[1] - rows * columns
+
+
 class RawPixels:
     """The pixels themselves as features: what any encoder has to beat. Averaged down to 32 x 32 at most."""
 
@@ -241,7 +266,7 @@ def load_encoder(path: str, use_safetensors: bool | None = None) -> FeatureEncod
         model_class = AutoModel if stock else method_class(config.model_type, "Model")
         model = model_class.from_pretrained(path, dtype=torch.float32, use_safetensors=use_safetensors, **kwargs)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"The model {path} cannot be loaded: {error}") from error
+        raise ValueError(f"The model {path} cannot be loaded: {why_not_loaded(path, error)}") from error
     if getattr(config, "vision_config", None) is not None:
         model = getattr(model, "vision_model", model)
     return FeatureEncoder(model.eval())

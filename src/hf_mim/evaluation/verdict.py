@@ -1,7 +1,9 @@
 """
-Whether a run learns: one of four words, with the number it rests on, how sure that is, and what to try.
+Whether a run learns: one of four words, with the number it rests on, how sure that is, and what to try. And whether
+what it leaves is better than another network: one of three.
 
-Nothing here looks at a network or a picture: numbers in, a [`Verdict`] out. `appraisal.py` measures them.
+Nothing here looks at a network or a picture: numbers in, a [`Verdict`] or [`Comparison`] out. `appraisal.py` measures
+them.
 """
 
 import json
@@ -14,6 +16,10 @@ LEARNING = "learning"
 TOO_EARLY = "too early to say"
 UNTRAINED = "no better than untrained"
 COLLAPSING = "collapsing"
+
+BETTER = "better"
+NOT_BETTER = "not better"
+WORSE = "worse"
 
 # Features have collapsed whose RankMe is under a tenth of what it was untrained (healthy methods go down to a third),
 # or whose spread over pictures is under a third (healthy ones keep three quarters and more).
@@ -114,6 +120,74 @@ class Verdict:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """
+    Whether a trained network is better than another one, by one number on the same held-out pictures.
+
+    Args:
+        than (`str`): The other network.
+        by (`str`): The number: "linear accuracy of LABEL" in %, or "RankMe".
+        word (`str`): "better" or "worse" where the interval of the difference leaves out 0, else "not better".
+        value, other (`float`): The trained network's, and the other's.
+        low, high (`float`): Bootstrap interval (95%, over held-out pictures, paired) of `value - other`.
+        num_pictures (`int`): Held-out pictures.
+    """
+
+    than: str
+    by: str
+    word: str
+    value: float
+    other: float
+    low: float
+    high: float
+    num_pictures: int
+
+    def __str__(self) -> str:
+        gain = self.value - self.other
+        return (
+            f"{self.by[0].upper()}{self.by[1:]}: {self.word} than {self.than}, {self.value:.1f} against "
+            f"{self.other:.1f}: {gain:+.1f} (95% interval {self.low:+.1f} to {self.high:+.1f}, {self.num_pictures} "
+            "held-out pictures)"
+        )
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return asdict(self)
+
+
+def compare_answers(than: str, label: str, now: np.ndarray, before: np.ndarray) -> Comparison | None:
+    """
+    By which held-out pictures are told: arrays of shape `(num_pictures,)` of 1 and 0, NaN without a label, in the same
+    order. None where no picture is labelled in both.
+    """
+    known = ~(np.isnan(now) | np.isnan(before))
+    if not known.any():
+        return None
+    now, before = 100 * now[known], 100 * before[known]
+    low, high = bootstrap(now, before)
+    return _compared(than, f"linear accuracy of {label}", now.mean(), before.mean(), low, high, len(now))
+
+
+def compare_ranks(than: str, now: float, before: float, samples: np.ndarray, num_pictures: int) -> Comparison:
+    """By RankMe; `samples` are differences of resampled pictures."""
+    return _compared(than, "RankMe", now, before, *rank_interval(now, before, samples), num_pictures)
+
+
+def _compared(than: str, by: str, now: float, before: float, low: float, high: float, number: int) -> Comparison:
+    word = BETTER if low > 0 else WORSE if high < 0 else NOT_BETTER
+    return Comparison(than, by, word, *(float(value) for value in (now, before, low, high)), number)
+
+
+def rank_interval(now: float, before: float, samples: np.ndarray) -> tuple[float, float]:
+    """
+    The interval of a difference of RankMe. Resampled pictures repeat, which lowers both ranks: only how far samples
+    lie apart is taken from them.
+    """
+    low, high = (now - before) + np.quantile(samples - samples.mean(), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+    return float(low), float(high)
+
+
 def feature_spread(features: np.ndarray) -> float:
     """
     How far pictures are told apart by features (num_pictures, dim): the root of their variance over that of their mean
@@ -209,13 +283,12 @@ def judge(evidence: Evidence, reference: str | None = None) -> Verdict:
         return say(TOO_EARLY, reconstructed, None, float(skill), low, high)
     for pooling, samples in evidence.rank_me_samples.items():
         now, before = evidence.rank_me[pooling], evidence.untrained_rank_me[pooling]
-        # Resampled pictures repeat, which lowers both ranks: only how far samples lie apart is taken from them.
-        low, high = (now - before) + np.quantile(samples - samples.mean(), [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
+        low, high = rank_interval(now, before, samples)
         compared = (
             f"RankMe of {pooling} features {now:.1f}, untrained {before:.1f}: a difference of {now - before:+.1f} "
             f"(95% interval {low:+.1f} to {high:+.1f})"
         )
-        numbers = float(now - before), float(low), float(high)
+        numbers = float(now - before), low, high
         if low > 0 and not early:
             return say(LEARNING, compared, None, *numbers)
         notes.append("A RankMe that does not rise tells little: labels would tell (--eval_knn true).")

@@ -8,7 +8,7 @@ import transformers
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.report import described_tables, markdown_table
-from ..evaluation.verdict import Verdict
+from ..evaluation.verdict import Comparison, Verdict
 from ..files import write_text
 from ..models.vit.repository import PRETRAINING
 from ..models.vit.sizes import as_pair
@@ -202,7 +202,7 @@ def write_card(
         height=height,
         width_pixels=width_pixels,
         training=_listed(training),
-        results=_results(results) + ("" if verdict is None else f"\n\n{verdict}"),
+        results=_results(results) + ("" if verdict is None else f"\n\n{verdict}") + _comparisons(results),
         appendix=context.appendix(),
     )
     tags = ["masked-image-modeling", config.model_type]
@@ -279,6 +279,11 @@ def _results(results: dict | None) -> str:
     (what, first), *others = described_tables(results)
     parts = [f"{what}; RankMe of the held-out features.\n\n{markdown_table(first)}"]
     return "\n\n".join(parts + [f"{what}.\n\n{markdown_table(rows)}" for what, rows in others])
+
+
+def _comparisons(results: dict | None) -> str:
+    lines = [f"- {Comparison(**found)}." for found in (results or {}).get("comparisons", ())]
+    return "\n\n" + "\n".join(lines) if lines else ""
 
 
 _CLASSIFIER_TEMPLATE = """

@@ -3,14 +3,15 @@
 from dataclasses import fields
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..models.presets import preset_config
 from ..models.vit.channels import read_channel_map, with_channels
-from ..models.vit.frozen import check_frozen_channels, frozen_grid
+from ..models.vit.encoders import why_not_loaded
+from ..models.vit.frozen import FrozenViT, build_frozen, check_frozen_channels, frozen_grid
 from ..models.vit.frozen_layouts import describe_config
-from ..models.vit.frozen_sources import read_description, read_source
+from ..models.vit.frozen_sources import load_source, read_description, read_source
 from ..models.vit.pretraining import MaskedViTForPreTraining
 from ..models.vit.transfer import at_image_size
 from ..registry import ENCODER, METHODS, MODEL_TYPES, RECORDS, method_class, method_name
@@ -97,7 +98,7 @@ def describe_frozen(args: ModelArguments, config, num_channels: int | None) -> N
             try:
                 frozen, mean, std = read_description(path)
             except (OSError, ValueError) as error:
-                raise ValueError(f"--{flag} {path}: {error}") from error
+                raise ValueError(f"--{flag} {path}: {why_not_loaded(path, error)}") from error
             if num_channels is None and args.model_name_or_path is None and args.base_channels is None:
                 config.num_channels = frozen.num_channels
             if args.base_channels is None and frozen.num_channels != config.num_channels:
@@ -162,6 +163,22 @@ def build_model(args: ModelArguments, config) -> MaskedViTForPreTraining:
             f"Give --{part.name}_model_name_or_path too."
         )
     return model
+
+
+def load_beginning(args: ModelArguments, config) -> PreTrainedModel | FrozenViT | None:
+    """
+    The trained network that a run begins with, as it was: the encoder of `model_name_or_path` for the run's images;
+    else the network that the method learns from. None where there is neither.
+    """
+    if args.model_name_or_path is not None:
+        encoder = load_encoder_at(args.model_name_or_path, config.image_size)
+        return with_channels(encoder, config.num_channels, args.channel_map)
+    path = _frozen_path(args)
+    if path is None:
+        return None
+    frozen = build_frozen(config, RECORDS[args.model_type].frozen.name)
+    load_source(frozen, read_source(path))
+    return frozen
 
 
 def _say_what_is_new(path: str, source, names: set[str]) -> None:

@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ..models.vit.channels import map_normalization
 from ..models.vit.checkpoint_files import refuse_folder
-from ..models.vit.encoders import encoder_from, read_normalization
+from ..models.vit.encoders import encoder_from, read_normalization, why_not_loaded
 from ..models.vit.repository import locate
 from ..models.vit.sizes import as_pair
 from ..models.vit.transfer import at_image_size, load_at_another_size
@@ -127,4 +127,4 @@ def read_config(path: str) -> PreTrainedConfig:
     try:
         return encoder_from(path).config if Path(path).is_file() else AutoConfig.from_pretrained(locate(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--model_name_or_path {path}: {error}") from error
+        raise ValueError(f"--model_name_or_path {path}: {why_not_loaded(path, error)}") from error

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import GatedRepoError
 from torch import nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, logging
@@ -78,6 +79,19 @@ def encoder_from(model, *, config: Mapping | None = None) -> MaskedViTModel:
     is_encoder = any(name == layout.blocks for name, _ in model.named_modules())
     state = (model if is_encoder else model.base_model).state_dict()
     return _as_ours(state, layout, _told_by(model.config) | dict(config or {}), model.config.model_type)
+
+
+def why_not_loaded(path: str, error: Exception) -> str:
+    """What to say where weights cannot be loaded: the error, or of gated ones how to get them."""
+    cause = error
+    while cause is not None:
+        if isinstance(cause, GatedRepoError):
+            return (
+                f"its weights are gated. Ask for access at https://huggingface.co/{path}, then log in "
+                "(`hf auth login`), or set HF_TOKEN."
+            )
+        cause = cause.__cause__
+    return str(error)
 
 
 def tower_of(model: PreTrainedModel) -> PreTrainedModel:
