@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModel, ViTConfig, ViTModel
+from transformers import AutoModel, AutoModelForPreTraining, ViTConfig, ViTModel
 
 import hf_mim
 from hf_mim.jobs.pretraining import main
@@ -118,6 +118,25 @@ def test_a_run_by_low_rank_updates(vit, tmp_path):
         torch.testing.assert_close(adapted(pixel_values=pixel_values).last_hidden_state, trained, rtol=0, atol=1e-5)
     assert adapted.peft_config["default"].base_model_name_or_path == str(vit)
     assert isinstance(hf_mim.to_vit(AutoModel.from_pretrained(tmp_path / "a")), ViTModel)
+
+
+@pytest.mark.parametrize(
+    ("method", "part"), [("tec", "base"), pytest.param("dbot", "teacher", marks=pytest.mark.slow)]
+)
+def test_a_smaller_student_of_other_patches(vit, tmp_path, method, part, capsys):
+    """Half as wide, of patches half as large as the base's; the end of the run compares it with the base."""
+    data = write_pictures(tmp_path / "data", 60)
+    sizes = "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,intermediate_size=32,decoder_hidden_size=16"
+    sizes += ",decoder_num_attention_heads=2" + (",adapter_group_size=1" if method == "tec" else "")
+    flags = [f"--model_type={method}", f"--{part}_model_name_or_path={vit}", "--image_size=16", "--patch_size=2"]
+    flags += [f"--config_overrides={sizes}", "--validation_fraction=0.5", f"--train_dir={data}", "--max_steps=1"]
+    assert main([*flags, f"--output_dir={tmp_path / 'out'}", "--per_device_train_batch_size=4"]) == 0
+    model = AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    assert model.config.grid_size == (8, 8) and getattr(model, part).own_grid == (4, 4)
+    assert getattr(model, part).hidden_size == 2 * model.config.hidden_size
+    assert "RankMe: " in capsys.readouterr().out
+    than = [one["than"] for one in json.loads((tmp_path / "out" / "features.json").read_text())["comparisons"]]
+    assert than == ["what it began with", "untrained"]
 
 
 def test_the_table_of_the_docs_is_what_was_counted():

@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 WINDOW_SHARDS = 16
 # Of an order that is not drawn, as many numbers are made at a time.
 _CHUNK = 65536
+_STACKED = ("pixel_values", "noise", "targets")
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -98,6 +99,8 @@ class PretrainingDataset(Dataset):
     def __init__(self, pictures, transform, *, skip_broken: bool = False):
         self.pictures = pictures
         self.transform = transform
+        # By index, what a frozen network has of each picture, where that is known: a dict of arrays.
+        self.targets = None
         # One flag per picture, in memory that the workers share: each can be set twice without being counted twice.
         self._broken = torch.zeros(len(pictures), dtype=torch.bool).share_memory_() if skip_broken else None
 
@@ -107,7 +110,8 @@ class PretrainingDataset(Dataset):
     def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict[str, torch.Tensor]:
         epoch, index = epoch_and_index
         _, picture = self._read(index)
-        return self.transform(picture, epoch, index)
+        item = self.transform(picture, epoch, index)
+        return item if self.targets is None else item | {"targets": self.targets[index]}
 
     @property
     def broken_indices(self) -> list[int]:
@@ -203,6 +207,6 @@ class RawCollator:
 
 
 def pretraining_collator(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stacks items into `pixel_values` (batch, channels, height, width) and `noise` (batch, patches)."""
+    """Stacks items: `pixel_values` (batch, channels, height, width), `noise` (batch, patches) and any `targets`."""
     # torch's own stacks straight into shared memory when it runs in a worker
-    return default_collate([{key: item[key] for key in ("pixel_values", "noise")} for item in items])
+    return default_collate([{key: item[key] for key in _STACKED if key in item} for item in items])

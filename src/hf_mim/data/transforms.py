@@ -46,11 +46,13 @@ def random_crop_box(
         ratio: lowest and highest width / height of the box; its logarithm is uniform.
 
     Returns:
-        `(top, left, height, width)`; where no attempt fits into the picture, the largest central box with a ratio in
-        range.
+        `(top, left, height, width)`; where no attempt fits into the picture, or all of it is wanted, the largest
+        central box with a ratio in range.
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for area_draw, ratio_draw, top_draw, left_draw in draws.reshape(-1, 4).tolist():
+    # The whole is no matter of chance, which would round its sides now and then.
+    attempts = [] if scale[0] == 1 else draws.reshape(-1, 4).tolist()
+    for area_draw, ratio_draw, top_draw, left_draw in attempts:
         area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
         aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -96,7 +98,7 @@ class PretrainingTransform:
             raise ValueError(f"mean and std must be of equal length and std above 0, got {mean} and {std}.")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}.")
-        self.image_size = tuple(image_size)
+        self.image_size, self.mean, self.std = tuple(image_size), list(mean), list(std)
         self.num_patches = num_patches
         self.crop_scale = tuple(crop_scale)
         self.ratio = tuple(bound * self.image_size[1] / self.image_size[0] for bound in _ASPECT_RATIO)

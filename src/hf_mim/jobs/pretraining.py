@@ -20,7 +20,13 @@ from ..hub.export import stock_format
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import MIMTrainingArguments
-from ..training.building import build_config, build_model, describe_frozen, load_pretraining_model
+from ..training.building import (
+    build_config,
+    build_model,
+    describe_frozen,
+    load_beginning,
+    load_pretraining_model,
+)
 from ..training.callbacks import LogReconstructions, SaveOnInterrupt
 from ..training.command import ModelArguments, parse_arguments, say
 from ..training.datasets import HeldOutTransform
@@ -34,6 +40,7 @@ from ..training.stages import (
     stage_arguments,
     where_to_start,
 )
+from ..training.target_cache import cache_targets, check_cached_targets
 from ..training.trainable import add_encoder_lora, check_partial_pretraining, train_last_blocks
 from ..training.trainer import MIMTrainer
 from ..training.weights import trained_normalization
@@ -68,6 +75,7 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
     config = build_config(model_args, data_args.image_height_width, data_args.num_channels)
     describe_frozen(model_args, config, data_args.num_channels)
     check_partial_pretraining(model_args, config, training_args)
+    check_cached_targets(model_args, data_args, training_args)
     first, checkpoint = where_to_start(stages, config)
     data_args = data_args.for_model(config.num_channels, as_pair(config.image_size))
     # One process draws or converts, the others find it in the cache.
@@ -91,6 +99,7 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
         "learns_from": model_args.base_model_name_or_path or model_args.teacher_model_name_or_path,
         "trainable_blocks": model_args.trainable_blocks,
         "lora_rank": model_args.lora_rank,
+        "cache_base_features": model_args.cache_base_features,
         "channel_map": model_args.channel_map and list(map(str, model_args.channel_map)),
         "crop_scale_min": data_args.crop_scale_min,
         "horizontal_flip": data_args.horizontal_flip,
@@ -148,6 +157,8 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
             say(f"Resuming from {checkpoint}.")
         if stage == first and trainer.is_world_process_zero():
             set_later_stages_aside(stages, first)
+        if model_args.cache_base_features:
+            cache_targets(trainer, train_data)
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
         finally:
@@ -182,7 +193,15 @@ def _pretrain(model_args: ModelArguments, data_args: DataArguments, training_arg
     model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False).eval()
     errors = reconstruction_errors(model, held_out, bf16=args.bf16)
     results = evaluate(
-        folders, config, pictures, processor, training_args, images_seen=seen, errors=errors, reference=reference(seen)
+        folders,
+        config,
+        pictures,
+        processor,
+        training_args,
+        images_seen=seen,
+        beginning=load_beginning(model_args, config) if training_args.references else None,
+        errors=errors,
+        reference=reference(seen),
     )
     verdict = None
     if results is not None:

@@ -7,16 +7,17 @@ from transformers import set_seed
 
 from ..data.dataset import ImageStream
 from ..data.loading import ImageSplits
-from ..evaluation.appraisal import evidence_of
+from ..evaluation.appraisal import compare, evidence_of
 from ..evaluation.attentive_probe import evaluate_attentively
 from ..evaluation.dense import DENSE_PICTURE, annotated_maps, evaluate_dense, raw_patches
-from ..evaluation.encoders import FeatureEncoder, RawPixels
+from ..evaluation.encoders import FeatureEncoder, FrozenEncoder, RawPixels
 from ..evaluation.features import extract_features, labelled_splits, shared_labels
 from ..evaluation.pictures import draw_loss_curves, draw_shares, label_rows
 from ..evaluation.report import RAW_PIXELS, described_tables, evaluate_features, text_table
-from ..evaluation.verdict import Verdict, judge
+from ..evaluation.verdict import Comparison, Verdict, judge
 from ..files import save_picture, write_json
 from ..hub.cards import write_card
+from ..models.vit.frozen import FrozenViT
 from ..models.vit.sizes import as_pair
 from ..registry import RECORDS, method_class, method_name
 from ..training.arguments import MIMTrainingArguments
@@ -58,6 +59,8 @@ def write_results(
     write_card(folder, card_name(trainer), config, training, results, verdict, context)
     if verdict is not None:
         say(f"\n{verdict}")
+    for comparison in (results or {}).get("comparisons", ()):
+        say(f"{Comparison(**comparison)}.")
     load = f"AutoModel.from_pretrained({str(folder)!r})"
     if RECORDS[config.model_type].stock_hides:
         load = f"hf_mim.to_vit({load})"
@@ -74,12 +77,14 @@ def evaluate(
     args,
     *,
     images_seen: int,
+    beginning=None,
     errors=None,
     reference: str | None = None,
 ) -> dict | None:
     """
-    What raw pixels, the untrained network (`args.references`) and the saved ones (folders by name) are worth, for
-    every label; and the verdict on the last one, by `errors` (see [`reconstruction_errors`]) too.
+    What raw pixels, the untrained network (`args.references`), the one that the run began with (`beginning`, as
+    [`load_beginning`] gives) and the saved ones (folders by name) are worth, for every label; the verdict on the last
+    one, by `errors` (see [`reconstruction_errors`]) too; and whether it is better than the untrained and the first.
 
     None where the training data is a stream, which cannot be gone through again. Each process takes its share.
     """
@@ -99,6 +104,12 @@ def evaluate(
     splits = labelled_splits(images)
     how = {"num_workers": args.dataloader_num_workers, "bf16": args.bf16}
     features = [extract_features(encoders, split, processor, poolings, **how) for split in splits]
+    if beginning is not None:
+        is_frozen = isinstance(beginning, FrozenViT)
+        start = (FrozenEncoder(beginning) if is_frozen else FeatureEncoder(beginning)).to(args.device)
+        for found, split in zip(features, splits, strict=True):
+            # It may have no [CLS] where the others have.
+            found |= extract_features({"start": start}, split, processor, start.poolings, **how)
     labels = shared_labels(*splits, multi_label=True)
     answers: dict = {}
     results = evaluate_features(*features, *labels, answers=answers)
@@ -111,6 +122,9 @@ def evaluate(
         errors=errors,
     )
     results |= {"verdict": judge(evidence, reference).to_dict()}
+    than = {"start": "what it began with", "untrained": "untrained"}
+    than = {name: called for name, called in than.items() if name in features[1]}
+    results["comparisons"] = [one.to_dict() for one in compare(features[1], answers, than)]
     encoders.pop(RAW_PIXELS, None)
     attentive = evaluate_attentively(encoders, *splits, *labels, processor, device=args.device, **how)
     results |= {"attentive": attentive}

@@ -71,6 +71,13 @@ class ModelArguments:
             "e.g. 2 1 0. Default: all."
         },
     )
+    cache_base_features: bool = field(
+        default=False,
+        metadata={
+            "help": "TEC and dBOT: compute what the network to learn from has of each image once, in base_features/ "
+            "of the run. Needs whole images: --crop_scale_min 1 --horizontal_flip false."
+        },
+    )
     trainable_blocks: int | None = field(
         default=None,
         metadata={"help": "With model_name_or_path: train the last so many blocks of the encoder and no others."},

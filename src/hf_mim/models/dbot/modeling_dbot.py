@@ -92,6 +92,7 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
         pixel_values: torch.Tensor,
         noise: torch.Tensor | None = None,
         return_loss: bool = True,
+        targets: dict[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> DBOTForPreTrainingOutput:
         """
@@ -101,6 +102,8 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
                 with the smallest are kept. Drawn if None.
             return_loss (`bool`, defaults to True): Whether the output has `loss`. (By this argument the Trainer knows
                 that there is a loss without labels.)
+            targets (`dict[str, torch.Tensor]`, *optional*): What [`~DBOTForPreTraining.frozen_targets`] gives of these
+                pictures; computed if None.
 
         Raises:
             ValueError: If the shapes are not those of the config.
@@ -111,7 +114,7 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
         student = self.encoder(pixel_values, ids_keep=masking.ids_keep, return_dict=True, **kwargs)
         seen = without_registers(student.last_hidden_state, self.config)
         predictions = self.decoder(seen, masking.ids_restore).float()
-        targets = self.teacher_targets(pixel_values)
+        targets = (self.frozen_targets(pixel_values) if targets is None else targets)["features"].float()
         loss = self.masked_smooth_l1(predictions, targets, masking.mask)
         return DBOTForPreTrainingOutput(
             loss=loss if return_loss else None,
@@ -123,6 +126,10 @@ class DBOTForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
             hidden_states=student.hidden_states,
             attentions=student.attentions,
         )
+
+    def frozen_targets(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the teacher has of pictures, whatever is hidden from the student: [`teacher_targets`] as `features`."""
+        return {"features": self.teacher_targets(pixel_values)}
 
     @torch.no_grad()
     def teacher_targets(self, pixel_values: torch.Tensor) -> torch.Tensor:

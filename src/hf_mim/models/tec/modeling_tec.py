@@ -148,7 +148,7 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
             kwargs: As of `TECForPreTraining._from_config`, e.g. `attn_implementation`.
 
         Raises:
-            ValueError: If the network cannot be a base, or the patch grids differ, with the reason.
+            ValueError: If the network cannot be a base, or the patch grids have other proportions.
             OSError: If there is no such model.
         """
         return cls.from_teacher(base, config, **kwargs)
@@ -171,6 +171,7 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
         pixel_values: torch.Tensor,
         noise: torch.Tensor | None = None,
         return_loss: bool = True,
+        targets: dict[str, torch.Tensor] | None = None,
         **kwargs,
     ) -> TECForPreTrainingOutput:
         """
@@ -180,6 +181,8 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
                 with the smallest are kept. Drawn if None.
             return_loss (`bool`, defaults to True): Whether the output has `loss`. (By this argument the Trainer knows
                 that there is a loss without labels.)
+            targets (`dict[str, torch.Tensor]`, *optional*): What [`~TECForPreTraining.frozen_targets`] gives of these
+                pictures; computed if None.
 
         Raises:
             ValueError: If the shapes are not those of the config.
@@ -200,9 +203,11 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
             adapted = self.encoder_adapter(block_outputs(context))
         adapted = without_registers(adapted, self.config)
 
-        base = self.base(pixel_values, num_last_layers=self.config.feature_layers)
-        target_features = self.feature_targets(base.last_hidden_states)
-        rows, target_logits = self.attention_targets(base.attention)
+        targets = self.frozen_targets(pixel_values) if targets is None else targets
+        target_features = targets["features"].float()
+        rows, target_logits = targets.get("rows"), targets.get("logits")
+        if rows is not None:
+            rows, target_logits = rows.long(), target_logits.float()
         features, logits = self.decoder(adapted, masking.ids_restore, rows)
 
         features = features.float()
@@ -227,6 +232,17 @@ class TECForPreTraining(FrozenTeacherMixin, MaskedViTForPreTraining):
             hidden_states=context.hidden_states,
             attentions=context.attentions,
         )
+
+    @torch.no_grad()
+    def frozen_targets(self, pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        What the base has of pictures, whatever is hidden from the student: `features` as [`feature_targets`] gives,
+        and, if attention is predicted, `rows` and `logits` as [`attention_targets`] gives.
+        """
+        base = self.base(pixel_values, num_last_layers=self.config.feature_layers)
+        features = {"features": self.feature_targets(base.last_hidden_states)}
+        rows, logits = self.attention_targets(base.attention)
+        return features if rows is None else features | {"rows": rows, "logits": logits}
 
     @torch.no_grad()
     def feature_targets(self, last_hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
