@@ -327,7 +327,7 @@ def broken_volumes(root):
     return {
         "cut.nii": "broken or cut off",
         "no": "cannot be read as a volume",
-        "flat": "expected a volume of three axes",
+        "flat": "expected three axes",
         "objects": "slices of other sizes",
         "cut.npy": "cannot be read as a volume",
         "nan": "not finite",

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import ViTConfig, ViTForImageClassification
 
 import hf_mim
 from golden import SHARED
@@ -25,6 +26,7 @@ from hf_mim.evaluation.verdict import (
     TOO_EARLY,
     UNTRAINED,
     WORSE,
+    Comparison,
     Evidence,
     Verdict,
     at_images,
@@ -194,6 +196,60 @@ class TestComparison:
         (worse,) = compare({"trained": {"cls": few}, "start": {"cls": many}}, {}, {"start": "before"})
         assert worse.word == WORSE
         assert compare({"trained": {"cls": few * np.nan}, "start": {"cls": many}}, {}, {"start": "before"}) == []
+
+
+def stripes(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy stripes of any phase, lying, standing or slanting, values about 0 to 1, and which of the three."""
+    generator = np.random.default_rng(seed)
+    classes = generator.integers(3, size=number)
+    directions = np.array([[1.0, 0.0], [0.0, 1.0], [0.7, 0.7]])[classes]
+    places = np.stack(np.meshgrid(np.arange(16), np.arange(16), indexing="ij"))
+    phases = generator.uniform(0, 2 * np.pi, (number, 1, 1))
+    waves = np.sin(np.einsum("nc,cyx->nyx", directions, places) * np.pi / 2 + phases)
+    pictures = 0.5 + 0.15 * waves[..., None] + 0.1 * generator.standard_normal((number, 16, 16, 3))
+    return torch.tensor(pictures, dtype=torch.float32), torch.tensor(classes)
+
+
+@pytest.fixture(scope="module")
+def weights_that_tell(tmp_path_factory):
+    """Stripes in a folder a class, and a ViT that was trained to tell them."""
+    folder = tmp_path_factory.mktemp("tell")
+    for index, (picture, label) in enumerate(zip(*stripes(300, 0), strict=True)):
+        (folder / "data" / str(int(label))).mkdir(parents=True, exist_ok=True)
+        np.save(folder / "data" / str(int(label)) / f"{index}.npy", picture.numpy())
+    torch.manual_seed(0)
+    sizes = {name: SIZES[name] for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers")}
+    config = ViTConfig(**sizes, num_attention_heads=2, intermediate_size=64, num_labels=3)
+    model = ViTForImageClassification(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for step in range(150):
+        pixel_values, labels = stripes(64, 1 + step)
+        model((pixel_values.permute(0, 3, 1, 2) - 0.5) / 0.25, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.vit.save_pretrained(folder / "vit")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"),
+    [("10", (WORSE, WORSE))],
+)
+def test_a_run_says_whether_it_is_better(weights_that_tell, tmp_path, capsys, rate, words):
+    """At no rate it is as good as the weights that it goes on from, at a huge one they are destroyed."""
+    flags = [f"--train_dir={weights_that_tell / 'data'}", f"--model_name_or_path={weights_that_tell / 'vit'}"]
+    flags += ["--config_overrides=decoder_hidden_size=16,decoder_num_hidden_layers=1,decoder_num_attention_heads=2"]
+    flags += ["--max_steps=6", "--warmup_steps=0", f"--learning_rate={rate}", "--validation_fraction=0.5"]
+    flags += ["--per_device_train_batch_size=4", "--use_cpu", "--disable_tqdm=true", "--eval_strategy=no"]
+    flags += ["--image_mean", "0.5", "0.5", "0.5", "--image_std", "0.25", "0.25", "0.25", "--bf16=false"]
+    assert main([*flags, f"--output_dir={tmp_path}"]) == 0
+    found = json.loads((tmp_path / "features.json").read_text())["comparisons"]
+    assert [one["than"] for one in found] == ["what it began with", "untrained"]
+    assert found[0]["by"] == "linear accuracy of label" and found[0]["other"] > 90
+    said = capsys.readouterr().out
+    assert tuple(one["word"] for one in found) == words
+    for one in found:
+        assert f"{Comparison(**one)}." in said and f"- {Comparison(**one)}." in (tmp_path / "README.md").read_text()
 
 
 def test_bootstrap_covers_the_truth():

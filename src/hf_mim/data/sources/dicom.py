@@ -164,7 +164,9 @@ def _read_header(path: str):
 def _refuse_undecodable(path: str, header) -> None:
     from pydicom.pixels import get_decoder
 
-    syntax = header.file_meta.TransferSyntaxUID
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    if syntax is None:
+        raise BrokenImageError(f"{path}: does not say how its pixels are stored (no transfer syntax).")
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as error:

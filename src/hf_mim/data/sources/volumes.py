@@ -46,15 +46,9 @@ class VolumeSlices(PartImages):
         super().__init__(root, paths, value_range, (self.axis,))
 
     def list_parts(self, path: str) -> np.ndarray:
-        shape = _open(path).shape
-        if len(shape) not in (3, 4) or 0 in shape:
-            raise BrokenImageError(
-                f"{path}: an array of shape {shape}, expected a volume of three axes, or of four with channels last."
-            )
-        return np.arange(shape[self.axis])
+        return np.arange(_open(path).shape[self.axis])
 
     def read(self, path: str, part: np.ndarray) -> np.ndarray:
-        self.list_parts(path)
         return np.array(_open(path)[(slice(None),) * self.axis + (int(part[0]),)])
 
     def describe(self, part: np.ndarray) -> str:
@@ -62,7 +56,16 @@ class VolumeSlices(PartImages):
 
 
 def _open(path: str):
-    """An array on disk, of which only what is asked for is read."""
+    """A volume on disk, of which only what is asked for is read. Raises BrokenImageError if it is none."""
+    volume = _open_array(path)
+    if len(volume.shape) not in (3, 4) or 0 in volume.shape:
+        raise BrokenImageError(
+            f"{path}: an array of shape {volume.shape}, expected three axes, or four with channels last."
+        )
+    return volume
+
+
+def _open_array(path: str):
     try:
         if not path.lower().endswith(NIFTI):
             return np.load(path, mmap_mode="r", allow_pickle=False)
