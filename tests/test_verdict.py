@@ -206,7 +206,7 @@ def stripes(number: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     places = np.stack(np.meshgrid(np.arange(16), np.arange(16), indexing="ij"))
     phases = generator.uniform(0, 2 * np.pi, (number, 1, 1))
     waves = np.sin(np.einsum("nc,cyx->nyx", directions, places) * np.pi / 2 + phases)
-    pictures = 0.5 + 0.15 * waves[..., None] + 0.1 * generator.standard_normal((number, 16, 16, 3))
+    pictures = 0.5 + 0.08 * waves[..., None] + 0.2 * generator.standard_normal((number, 16, 16, 3))
     return torch.tensor(pictures, dtype=torch.float32), torch.tensor(classes)
 
 
@@ -232,10 +232,10 @@ def weights_that_tell(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("rate", "words"),
-    [("10", (WORSE, WORSE))],
+    ("rate", "than_start", "than_untrained"),
+    [("10", {WORSE}, {WORSE, NOT_BETTER}), pytest.param("0", {NOT_BETTER}, {BETTER}, marks=pytest.mark.slow)],
 )
-def test_a_run_says_whether_it_is_better(weights_that_tell, tmp_path, capsys, rate, words):
+def test_a_run_says_whether_it_is_better(weights_that_tell, tmp_path, capsys, rate, than_start, than_untrained):
     """At no rate it is as good as the weights that it goes on from, at a huge one they are destroyed."""
     flags = [f"--train_dir={weights_that_tell / 'data'}", f"--model_name_or_path={weights_that_tell / 'vit'}"]
     flags += ["--config_overrides=decoder_hidden_size=16,decoder_num_hidden_layers=1,decoder_num_attention_heads=2"]
@@ -245,9 +245,9 @@ def test_a_run_says_whether_it_is_better(weights_that_tell, tmp_path, capsys, ra
     assert main([*flags, f"--output_dir={tmp_path}"]) == 0
     found = json.loads((tmp_path / "features.json").read_text())["comparisons"]
     assert [one["than"] for one in found] == ["what it began with", "untrained"]
-    assert found[0]["by"] == "linear accuracy of label" and found[0]["other"] > 90
+    assert found[0]["by"] == "linear accuracy of label" and found[0]["other"] > 80
     said = capsys.readouterr().out
-    assert tuple(one["word"] for one in found) == words
+    assert found[0]["word"] in than_start and found[1]["word"] in than_untrained
     for one in found:
         assert f"{Comparison(**one)}." in said and f"- {Comparison(**one)}." in (tmp_path / "README.md").read_text()
 
