@@ -132,7 +132,7 @@ def test_it_learns_where_squares_are_and_without_masks():
     for one, box in zip(found, [(12, 16, 60, 48), (30, 4, 66, 28)], strict=False):
         torch.testing.assert_close(one["boxes"][0], torch.tensor(box).float(), rtol=0, atol=6)
     with pytest.raises(ValueError, match="tells no masks"):
-        processor.post_process_instance_segmentation(outputs, 0.5, [(64, 96)] * 3)
+        processor.post_process_object_masks(outputs, 0.5, [(64, 96)] * 3)
     with pytest.raises(ValueError, match="1 target_sizes for 3"):
         processor.post_process_object_detection(outputs, 0.5, [(64, 96)])
 
@@ -202,14 +202,14 @@ def test_pipeline_and_masks_at_the_pictures_size(tmp_path):
     assert inputs["pixel_mask"][0].sum(dim=0).tolist() == [16] * 32 and not inputs["pixel_values"][0, :, 16:].any()
     with torch.no_grad():
         outputs = model(**inputs)
-    (found,) = processor.post_process_instance_segmentation(outputs, 0.2, [(30, 60)])
+    (found,) = processor.post_process_object_masks(outputs, 0.2, [(30, 60)])
     assert found["masks"].shape == (len(found["scores"]), 30, 60) and found["masks"].dtype == torch.bool
     outside = torch.ones(30, 60, dtype=torch.bool)
     x0, y0, x1, y1 = found["boxes"][0].tolist()
     outside[max(0, int(y0) - 2) : int(y1) + 3, max(0, int(x0) - 2) : int(x1) + 3] = False
     assert not found["masks"][0][outside].any()
     with pytest.raises(ValueError, match="give target_sizes"):
-        processor.post_process_instance_segmentation(outputs, 0.2)
+        processor.post_process_object_masks(outputs, 0.2)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     detector = transformers.pipeline("object-detection", str(tmp_path))

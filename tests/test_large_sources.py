@@ -46,7 +46,7 @@ def pictures(tmp_path):
 def listed(monkeypatch) -> list:
     """Grows by one whenever a folder is looked through."""
     calls, look = [], folder._list
-    monkeypatch.setattr(folder, "_list", lambda root: [calls.append(root), look(root)][1])
+    monkeypatch.setattr(folder, "_list", lambda root, endings: [calls.append(root), look(root, endings)][1])
     return calls
 
 
@@ -85,7 +85,7 @@ def test_what_is_kept_may_be_damaged_or_have_no_place(pictures, cache, monkeypat
     (file,) = cache.iterdir()
     file.write_bytes(file.read_bytes()[:-30])
     assert len(folder.find_images(pictures)) == 5 and len(calls) == 2
-    monkeypatch.setattr(folder, "_RULE", "of another version")
+    monkeypatch.setattr(folder, "_FORM", "of another version")
     assert len(folder.find_images(pictures)) == 5 and len(calls) == 3
     (pictures / "file").touch()
     monkeypatch.setattr(index_cache, "FOLDER", pictures / "file" / "no folder")

@@ -476,7 +476,7 @@ class TestFirstTeacher:
         ("flags", "sizes", "message"),
         [
             (["--model_type=pilamim"], {}, "--teacher_model_name_or_path is of dBOT; --model_type is pilamim"),
-            ([], {"patch_size": 8}, "2 x 2 patches .*the student into 4 x 4"),
+            ([], {"image_size": (16, 32), "patch_size": 8}, "2 x 4 patches .*the student into 4 x 4"),
             (["--num_channels=3"], {"num_channels": 1}, "takes pictures of 1 channels; these have 3. Leave --num_ch"),
         ],
     )

@@ -163,11 +163,12 @@ class MIMImageProcessor(TorchvisionBackend):
         found = _likely(outputs, threshold, target_sizes)
         return [{name: one[name] for name in ("scores", "labels", "boxes")} for one in found]
 
-    def post_process_instance_segmentation(
+    def post_process_object_masks(
         self, outputs, threshold: float = 0.5, target_sizes: Sequence[tuple[int, int]] | None = None
     ) -> list[dict[str, torch.Tensor]]:
         """
-        As `post_process_object_detection`, with `masks`, bool of shape (n, height, width) of the picture.
+        As `post_process_object_detection`, with `masks`, bool of shape (n, height, width) of the picture. (Not under
+        transformers' name for instances: its pipeline of segmentation would take that for a segmenter's too.)
 
         Args:
             target_sizes (sequence of (height, width)): Needed here: of the pictures.

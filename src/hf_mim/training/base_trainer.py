@@ -37,9 +37,10 @@ OVERRIDDEN = {
     "_save": "the model at the end replaces an older one whole; a checkpoint keeps the modules' names",
     "_save_checkpoint": "a checkpoint gets its name when it is whole, and the older ones go only then",
     "_get_output_dir": "where the checkpoint lies until then",
+    "_push_from_checkpoint": "a checkpoint that is pushed goes alone, in one commit",
 }
 # Those that are called besides.
-CALLED = ("_prepare_inputs", "_push_from_checkpoint")
+CALLED = ("_prepare_inputs",)
 
 
 class ViTTrainer(SavingMixin, LossesMixin, LoadingMixin, Trainer):

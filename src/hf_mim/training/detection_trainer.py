@@ -27,7 +27,7 @@ class DetectionTrainer(FineTuningTrainer):
         with self.accelerator.autocast():
             outputs = self.model(**features)
         with_masks = self.model.config.detection_masks
-        name = "post_process_instance_segmentation" if with_masks else "post_process_object_detection"
+        name = "post_process_object_masks" if with_masks else "post_process_object_detection"
         (found,) = getattr(self.processing_class, name)(outputs, threshold, [item["size"]])
         return found
 

@@ -19,6 +19,8 @@ from . import index_cache
 logger = logging.get_logger(__name__)
 
 _SETTLED_NS = 60 * 10**9
+# Of what is kept of a listing; another number where that changes.
+_FORM = "1"
 
 _ARCHIVES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
@@ -183,7 +185,7 @@ def list_folder(root: str | os.PathLike, endings: tuple[str, ...] = IMAGE_EXTENS
     """
     root = check_folder(root)
     # By which a kept listing was made.
-    rule = " ".join(("1", *endings))
+    rule = " ".join((_FORM, *endings))
     listing = _kept_listing(root, rule)
     if listing is None:
         began = time.time_ns()

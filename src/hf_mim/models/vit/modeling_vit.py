@@ -557,7 +557,7 @@ class MaskedViTForObjectDetection(MaskedViTForDensePrediction):
 
         Returns:
             `ObjectDetectionOutput`: in training mode `loss` and its parts; in evaluation mode `detections`, which the
-            image processor's `post_process_object_detection` and `post_process_instance_segmentation` read.
+            image processor's `post_process_object_detection` and `post_process_object_masks` read.
 
         Raises:
             ValueError: If the sizes do not fit, or labels are missing in training mode.
