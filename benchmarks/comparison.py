@@ -266,8 +266,8 @@ def pretrain(cell: Cell, args) -> list[dict]:
             if seen in points:
                 for _, _, metric, value in numbers(evaluate_checkpoint(checkpoint, cell, args)):
                     add(cell.method, seen * batch, metric, value)
-                add(cell.method, seen * batch, "seconds", round(seen * batch / pace, 1))
-    add(cell.method, steps * batch * stages, "seconds", round(steps * batch * stages / pace, 1))
+                add(cell.method, seen * batch, "seconds", pace and round(seen * batch / pace, 1))
+    add(cell.method, steps * batch * stages, "seconds", pace and round(steps * batch * stages / pace, 1))
     for checkpoint in folder.rglob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     return rows
@@ -279,11 +279,11 @@ def curve(points: tuple[float, ...], steps: int) -> tuple[int, set[int]]:
     return every, {every * round(point / min(points)) for point in points if point < 1}
 
 
-def images_per_second(folder: Path) -> float:
-    """Of the longest part of a run that was trained at a stretch."""
+def images_per_second(folder: Path) -> float | None:
+    """Of the longest part of a run that was trained at a stretch; None where no part came to its end."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    parts = [log for log in history if "train_samples_per_second" in log]
-    return max(parts, key=lambda log: log["train_runtime"])["train_samples_per_second"]
+    parts = [log for log in history if log.get("train_samples_per_second")]
+    return max(parts, key=lambda log: log["train_runtime"])["train_samples_per_second"] if parts else None
 
 
 def numbers(results: dict):
