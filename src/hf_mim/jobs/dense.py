@@ -22,7 +22,6 @@ from ..hub.cards import CardContext
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
-from ..training.callbacks import SaveOnInterrupt
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.command import ClassifierArguments, say
 from ..training.dense_trainers import DenseTrainer
@@ -31,6 +30,7 @@ from ..training.task_models import build_dense, build_dense_config
 from ..training.trainable import describe_trainable, set_trainable
 from ..training.weights import trained_normalization
 from .sharing import card_context, card_name
+from .training import train_to_the_end
 
 _NUM_SHOWN = 8
 
@@ -202,24 +202,12 @@ def _train_dense(task: DenseTask, model_args, data_args, map_args, args) -> int:
             "image_std": list(map(float, std)),
         },
     )
-    trainer.check_output_dir()
-    interrupt = SaveOnInterrupt(trainer)
-    trainer.add_callback(interrupt)
-    say(
+    described = (
         f"{type(model).__name__}: {describe_trainable(model)}; {len(train)} training and {len(validation)} held-out "
         f"pictures; effective batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, "
         f"{args.precision} on {args.device}."
     )
-    if checkpoint is not None:
-        say(f"Resuming from {checkpoint}.")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interrupt.restore()
-    if checkpoint is not None and not trainer.num_steps_trained:
-        say(f"Nothing is left to train: {args.output_dir} holds all {trainer.state.global_step} steps of this run.")
-    if interrupt.stopped:
-        say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
+    if not train_to_the_end(trainer, checkpoint, described):
         return 130
     trainer.save_model(_internal_call=True)
     trainer.save_state()

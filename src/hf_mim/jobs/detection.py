@@ -21,7 +21,6 @@ from ..files import replacing, write_json
 from ..hub.cards import write_detector_card
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
-from ..training.callbacks import SaveOnInterrupt
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.command import ClassifierArguments, parse_arguments, say
 from ..training.detection_trainer import DetectionTrainer
@@ -33,6 +32,7 @@ from ..training.trainable import describe_trainable, set_trainable
 from ..training.weights import trained_normalization
 from .dense import DenseArguments
 from .sharing import card_context, card_name
+from .training import train_to_the_end
 
 _NUM_SHOWN = 8
 # Of what is shown.
@@ -159,25 +159,13 @@ def _detect(model_args, data_args, object_args, args) -> int:
             "image_std": list(map(float, std)),
         },
     )
-    trainer.check_output_dir()
-    interrupt = SaveOnInterrupt(trainer)
-    trainer.add_callback(interrupt)
-    say(
+    described = (
         f"{type(model).__name__} ({'Mask' if with_masks else 'Faster'} R-CNN): {describe_trainable(model)}; "
         f"{len(splits.train)} training and {len(splits.validation)} held-out pictures, {len(names)} classes; "
         f"effective batch {args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, {args.precision} "
         f"on {args.device}."
     )
-    if checkpoint is not None:
-        say(f"Resuming from {checkpoint}.")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interrupt.restore()
-    if checkpoint is not None and not trainer.num_steps_trained:
-        say(f"Nothing is left to train: {args.output_dir} holds all {trainer.state.global_step} steps of this run.")
-    if interrupt.stopped:
-        say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
+    if not train_to_the_end(trainer, checkpoint, described):
         return 130
     trainer.save_model(_internal_call=True)
     trainer.save_state()

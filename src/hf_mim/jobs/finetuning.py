@@ -23,7 +23,6 @@ from ..hub.export import stock_format
 from ..hub.sharing import push_run
 from ..models.vit.sizes import as_pair
 from ..training.arguments import ViTTrainingArguments
-from ..training.callbacks import SaveOnInterrupt
 from ..training.checkpoints import checkpoint_to_resume
 from ..training.command import ClassifierArguments, parse_arguments, say
 from ..training.errors import run_job
@@ -34,6 +33,7 @@ from ..training.task_models import build_classifier, build_classifier_config
 from ..training.trainable import add_lora, describe_trainable, set_trainable
 from ..training.weights import trained_normalization
 from .sharing import card_context, card_name
+from .training import train_to_the_end
 
 
 @dataclass
@@ -207,12 +207,9 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
             "image_std": list(map(float, std)),
         },
     )
-    trainer.check_output_dir()
-    interrupt = SaveOnInterrupt(trainer)
-    trainer.add_callback(interrupt)
     seen = pictures.train.labels[label]
     unseen = len(names) - (int(seen.any(axis=0).sum()) if multi_label else len(np.unique(seen)))
-    say(
+    described = (
         f"{type(model).__name__}: {describe_trainable(model)}; {len(pictures.train)} training and "
         f"{len(pictures.validation)} held-out pictures, {len(names)} classes of {label!r}"
         f"{', several a picture' if multi_label else ''}"
@@ -220,18 +217,10 @@ def _finetune(model_args: ClassifierArguments, data_args: DataArguments, args: F
         f"{args.effective_batch_size}, peak learning rate {args.learning_rate:.2e}, "
         f"{args.precision} on {args.device}."
     )
-    if checkpoint is not None:
-        say(f"Resuming from {checkpoint}.")
-    try:
-        trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        interrupt.restore()
+    is_done = train_to_the_end(trainer, checkpoint, described)
     if train_data.num_broken:
         say(f"Skipped {train_data.num_broken} broken pictures (--skip_broken_images).")
-    if checkpoint is not None and not trainer.num_steps_trained:
-        say(f"Nothing is left to train: {args.output_dir} holds all {trainer.state.global_step} steps of this run.")
-    if interrupt.stopped:
-        say(f"Stopped after step {trainer.state.global_step}; the same command goes on from there.")
+    if not is_done:
         return 130
     trained = describe_trainable(model)
     if tuner is not None:
