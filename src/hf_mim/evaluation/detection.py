@@ -7,15 +7,8 @@ from PIL import Image, ImageDraw
 
 from .dense import class_colours
 
-# What a score is called here, of boxes and of masks: in torchmetrics.
-_SCORES = {
-    "map": "map",
-    "map_50": "map_50",
-    "map_75": "map_75",
-    "map_small": "map_small",
-    "map_medium": "map_medium",
-    "map_large": "map_large",
-}
+# As torchmetrics calls them, of boxes and of masks.
+_SCORES = ("map", "map_50", "map_75", "map_small", "map_medium", "map_large")
 _KINDS = {"box": "bbox", "mask": "segm"}
 
 
@@ -82,8 +75,8 @@ class DetectionScores:
         scores = {}
         for kind in self.kinds:
             prefix = f"{_KINDS[kind]}_" if len(self.kinds) > 1 else ""
-            for ours, theirs in _SCORES.items():
-                scores[f"{kind}_{ours}"] = _percent(computed[f"{prefix}{theirs}"])
+            for score in _SCORES:
+                scores[f"{kind}_{score}"] = _percent(computed[f"{prefix}{score}"])
             classes = computed["classes"].reshape(-1).tolist()
             precisions = computed[f"{prefix}map_per_class"].reshape(-1)
             found = dict(zip(classes, map(_percent, precisions), strict=True))
