@@ -290,7 +290,7 @@ class TestReference:
         )
         assert "none yet" in describe_reference([], "tiny", "ocl", 10)
         said = reference_of(ModelArguments(preset="tiny", mask_ratio=0.9), "ocl")(1000)
-        assert said.startswith("No reference curve: ") and "--mask_ratio changes it" in said
+        assert said.startswith("No reference curve: ") and "the preset tiny (--mask_ratio is 0.9)" in said
 
     def test_made_of_the_table(self):
         def row(method, seed, images, metric, value, data="cifar10"):

@@ -37,7 +37,7 @@ _RESAMPLES = 1000
 _LEVEL = 0.95
 
 _TRY = {
-    LEARNING: "Go on: train longer, and compare with the reference curve and the table.",
+    LEARNING: "Go on: longer training may teach more.",
     TOO_EARLY: "Go on, and look again at a later evaluation, or on more held-out pictures.",
     COLLAPSING: "Lower the learning rate, lengthen the warm-up, enlarge the batch, and keep averaged targets slow "
     "(ema_momentum near 1).",

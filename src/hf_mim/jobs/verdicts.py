@@ -19,9 +19,9 @@ def reference_of(model_args: ModelArguments, model_type: str) -> Callable[[int],
     """From images seen to what the preset's reference curve says; or why there is none of this run."""
     curves = read_curves()
     changed = [
-        f"--{name} changes it"
+        f"--{name} is {value}"
         for name in ("patch_size", "mask_ratio", "config_overrides", "model_name_or_path")
-        if getattr(model_args, name) is not None
+        if (value := getattr(model_args, name)) is not None
     ]
     preset = None if changed else model_args.preset
     why_not = f"the run is not that of the preset {model_args.preset} ({', '.join(changed)})"
